@@ -1,0 +1,1 @@
+"""Custom ops of tokred: one folder an op."""
