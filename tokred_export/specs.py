@@ -37,7 +37,7 @@ class ModelSpec(Spec, kw_only=True):
     n_groups: int = 1
     d_conv: int = 4
     chunk_size: int = 256
-    # mamba_ssm normalises each group (E / G) by itself, transformers all of E at once.
+    # E / G: each group is normalised by itself. transformers before 5.23 took all of E at once.
     norm_group_size: int
     norm_before_gate: bool = False
     norm_eps: float = 1e-5
@@ -93,7 +93,7 @@ class ReductionSpec(Spec, kw_only=True):
     sites: tuple[int, ...] | None = None  # 0-based layer indices; None: the default sites
     prune_permille: int = 500  # q of the hybrid, in thousandths: the most similar links prune
     protect_tail: int = 1  # the last tokens of the prompt, never removed
-    round_to: int = 1  # kept counts are rounded up to a multiple of this
+    round_to: int = 1  # kept counts are rounded to the nearest multiple of this
 
 
 class Site(Spec, kw_only=True):
