@@ -15,6 +15,7 @@ from tokred_plugins._common import accumulate, complement
 from tokred_plugins.opset import CUSTOM, OpSet
 from torch import Tensor
 
+from tokred_export.errors import InvalidRequest
 from tokred_export.specs import Site
 
 
@@ -105,7 +106,7 @@ def _utrc_code(
 def _none(
     y: Tensor, hidden: Tensor, pads: Tensor, site: Site, permille: int, tail: int, ops: OpSet
 ) -> tuple[Choice, Tensor]:
-    raise AssertionError("method none has no sites")
+    raise InvalidRequest("the method none removes nothing, so its schedule can have no sites")
 
 
 METHODS: dict[str, Method] = {
@@ -146,6 +147,8 @@ def reduce_tokens(
         ops: custom ops or the plain functions.
         choice: replay this choice instead of making one.
     """
+    if method_name not in METHODS:
+        raise InvalidRequest(f"unknown method {method_name!r}; expected one of {', '.join(METHODS)}")
     method = METHODS[method_name]
     if choice is None:
         choice, keep = method.select(y, hidden, pads, site, prune_permille, protect_tail, ops)

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tokred_plugins.body import Body, OnnxOp
+from tokred_plugins.ssd_scan.op import FORGOTTEN
 
 # Above the diagonal the exponent may be large, and is multiplied by an exact zero: keep it finite.
 LARGEST_EXPONENT = 80.0
@@ -54,7 +55,8 @@ def body(
     dt = b.op("Squeeze", chunked(dt, share, 1), b.ints([5]))  # [B, G, H/G, c, Q]
 
     a = b.reshape(b.op("Neg", b.op("Exp", a_log)), groups, share, 1, 1)
-    total = b.op("CumSum", b.op("Mul", dt, a), b.constant(np.asarray(4, np.int64)))
+    decay = b.op("Max", b.op("Mul", dt, a), b.number(FORGOTTEN))
+    total = b.op("CumSum", decay, b.constant(np.asarray(4, np.int64)))
     keys_t = b.op("Transpose", keys, perm=[0, 1, 2, 3, 5, 4])
 
     # 1. Within a chunk
@@ -103,8 +105,9 @@ def _pass_states(
 ) -> tuple[ir.Value, ir.Value]:
     """Chunk states as one matrix product over chunks, instead of a loop over them.
 
-    The state at the start of chunk k is sum over j < k of exp(G[k] - G[j + 1]) added[j], where
-    G[k] is the log decay of the first k chunks.
+    The state at the start of chunk k is sum over j < k of exp(gap[k, j]) added[j], where
+    gap[k, j] is the log decay of chunks j + 1 to k - 1. The gaps are summed as such: taken as
+    differences of one running sum they would lose digits with every strong decay before them.
 
     Args:
         last: log decay of each whole chunk [B, G, H/G, c, 1].
@@ -117,25 +120,25 @@ def _pass_states(
     heads, head_dim, groups, states = (
         int(b.literal(n)) for n in ("heads", "head_dim", "n_groups", "d_state")
     )
-    upto = b.op("CumSum", last, b.constant(np.asarray(3, np.int64)))  # G[k + 1], [.., c, 1]
-    before = b.op("Sub", upto, last)  # G[k]
-    row = b.op("Transpose", upto, perm=[0, 1, 2, 4, 3])  # [.., 1, c]
-    gap = b.op("Sub", before, row)  # G[k] - G[j + 1], negative or zero where j < k
-    count = b.dim(last, 3)
-    index = b.range(count)
-    earlier = b.op("Less", b.unsqueeze(index, 0), b.unsqueeze(index, 1))  # j < k
-    mix = b.op("Where", earlier, b.op("Exp", b.op("Min", gap, b.number(0.0))), b.number(0.0))
+    chunks = b.constant(np.asarray(3, np.int64))  # the axis of chunks
+    index = b.range(b.dim(last, 3))
+    earlier = b.op("Less", b.unsqueeze(index, 0), b.unsqueeze(index, 1))  # [c, c]: j < k
+    later = b.op("Mul", last, b.cast(earlier, ir.DataType.FLOAT))
+    gap = b.op("CumSum", later, chunks, exclusive=1)  # [.., c, c]
+    mix = b.op("Where", earlier, b.op("Exp", gap), b.number(0.0))
+    to_end = b.slice(b.op("CumSum", later, chunks), 3, -1, np.iinfo(np.int64).max)  # [.., 1, c]
     flat = b.reshape(added, b.dim(added, 0), groups, heads // groups, -1, states * head_dim)
     starts = b.op("MatMul", mix, flat)
-    end = b.slice(upto, 3, -1, np.iinfo(np.int64).max)  # [.., 1, 1]
-    final = b.op("MatMul", b.op("Exp", b.op("Sub", end, row)), flat)  # [.., 1, N P]
+    final = b.op("MatMul", b.op("Exp", to_end), flat)  # [.., 1, N P]
     if initial is not None:
         first = b.reshape(
             b.op("Transpose", initial, perm=[0, 1, 3, 2]),
             b.dim(initial, 0), groups, heads // groups, 1, states * head_dim,
         )
+        before = b.op("CumSum", last, chunks, exclusive=1)
+        all_of_it = b.sum(last, 3)
         starts = b.op("Add", starts, b.op("Mul", b.op("Exp", before), first))
-        final = b.op("Add", final, b.op("Mul", b.op("Exp", end), first))
+        final = b.op("Add", final, b.op("Mul", b.op("Exp", all_of_it), first))
     starts = b.reshape(starts, b.dim(starts, 0), groups, heads // groups, -1, states, head_dim)
     final = b.reshape(final, b.dim(final, 0), groups, heads // groups, states, head_dim)
     return starts, final

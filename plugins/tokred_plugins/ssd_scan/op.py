@@ -9,6 +9,9 @@ from torch import Tensor
 from tokred_plugins._common import accumulate, real_tokens
 
 NO_LIMIT = 3.4e38  # dt_max where the model does not clamp
+# A log decay this low is zero in float32 after exp. Taking no lower ones keeps the running sums
+# of a chunk, whose differences are the exponents, small enough to have digits left.
+FORGOTTEN = -90.0
 
 
 def ssd_scan(
@@ -68,7 +71,7 @@ def ssd_scan(
     dt = dt.reshape(*split, per_group).permute(0, 3, 4, 1, 2)  # [B, G, H/G, c, Q]
 
     a = -torch.exp(a_log.to(wide)).view(n_groups, per_group, 1, 1)
-    total = torch.cumsum(dt * a, dim=-1)  # log decay since the chunk's start
+    total = torch.cumsum((dt * a).clamp(min=FORGOTTEN), dim=-1)  # log decay since the chunk's start
     x_dt = x * dt[..., None]
     # 1. Within a chunk: (C B^T masked by decay) x
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()

@@ -37,7 +37,10 @@ def merge_branch(
 ) -> ir.Value:
     """One branch, float32 [B, L, D] -> [B, L - r, D]."""
     weight = b.cast(receives, ir.DataType.FLOAT)
-    total = b.op("Add", rows(b, x, keep), b.op("MatMul", weight, rows(b, x, src)))
+    # What merges into nothing may be anything, even NaN, and 0 * NaN is not 0.
+    acts = b.op("Greater", b.op("ReduceMax", weight, b.ints([1]), keepdims=0), b.number(0.0))
+    sources = b.op("Where", b.unsqueeze(acts, 2), rows(b, x, src), b.number(0.0))
+    total = b.op("Add", rows(b, x, keep), b.op("MatMul", weight, sources))
     return b.op("Div", total, b.op("Add", b.sum(weight, 2), b.number(1.0)))
 
 

@@ -40,7 +40,9 @@ def _merge(x: Tensor, keep: Tensor, src: Tensor, place: Tensor, acts: Tensor) ->
     acting = acts.to(wide)
     count = kept.new_ones(keep.shape).scatter_add(1, place, acting)
     index = place[:, :, None].expand(-1, -1, x.shape[2])
-    total = kept.scatter_add(1, index, take(x, src).to(wide) * acting[:, :, None])
+    # Not a product with 0: what merges into nothing may be anything, even NaN.
+    sources = take(x, src).to(wide).masked_fill(~acts[:, :, None], 0)
+    total = kept.scatter_add(1, index, sources)
     return (total / count[:, :, None]).to(x.dtype)
 
 
