@@ -65,11 +65,12 @@ def positions_of(b: Body, mask: ir.Value, count: ir.Value) -> ir.Value:
         int64 [B, count].
     """
     batch, length = b.dim(mask, 0), b.dim(mask, 1)
-    # True entries go to their rank; all others share one slot behind the end, cut off below.
+    # True entries go to their rank; all others share one slot behind these, cut off below. The
+    # target is as wide as the mask because TensorRT takes no more indices than it has places.
     rank = b.op("Sub", b.int64(cumulative(b, mask)), b.ints([1]))
     slot = b.op("Where", mask, rank, count)
     everywhere = b.op("Expand", b.unsqueeze(b.range(length), 0), b.shape(batch, length))
-    width = b.op("Add", count, b.ints([1]))
+    width = b.op("Add", length, b.ints([1]))
     empty = b.op("Expand", b.constant(np.zeros((1, 1), np.int64)), b.shape(batch, width))
     packed = b.op("ScatterElements", empty, slot, everywhere, axis=1)
     return b.slice(packed, 1, 0, count)

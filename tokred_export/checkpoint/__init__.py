@@ -5,6 +5,12 @@ layouts.py    from a config to a ModelSpec, and the tensors that this spec asks 
 load.py       both together: checked tensors under our own names, and the model made of them
 """
 
-from tokred_export.checkpoint.load import Checkpoint, build_model, load_checkpoint
+from tokred_export.checkpoint.load import (
+    DEMO_SOURCE,
+    Checkpoint,
+    build_model,
+    load_checkpoint,
+    read_spec,
+)
 
-__all__ = ["Checkpoint", "build_model", "load_checkpoint"]
+__all__ = ["DEMO_SOURCE", "Checkpoint", "build_model", "load_checkpoint", "read_spec"]

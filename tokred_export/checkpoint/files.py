@@ -54,12 +54,15 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def find_folder(model: str | None, revision: str | None) -> tuple[Path, str | None]:
+def find_folder(
+    model: str | None, revision: str | None, weights: bool = True
+) -> tuple[Path, str | None]:
     """Find a checkpoint's folder, downloading it if ``model`` is a hub id.
 
     Args:
         model: a local folder, a hub id (owner/name), or None for the demo model.
         revision: branch, tag or commit; hub ids only.
+        weights: whether a download fetches them too, or only config and tokenizer.
 
     Returns:
         The folder, and the hub commit it holds (None for a local folder).
@@ -91,19 +94,19 @@ def find_folder(model: str | None, revision: str | None) -> tuple[Path, str | No
             f"there is no folder {model}, and it is no hub id (owner/name): "
             "give an existing checkpoint folder or a hub id"
         )
-    return _download(model, revision)
+    return _download(model, revision, weights)
 
 
-def _download(repo: str, revision: str | None) -> tuple[Path, str]:
+def _download(repo: str, revision: str | None, weights: bool) -> tuple[Path, str]:
     """Fetch config, tokenizer and weights of a hub model; pickles only without safetensors."""
     try:
-        for weights in (SAFETENSORS, PICKLES):
+        for wanted in (SAFETENSORS, PICKLES) if weights else ((),):
             folder = Path(
                 huggingface_hub.snapshot_download(
-                    repo, revision=revision, allow_patterns=[*COMPANIONS, *weights]
+                    repo, revision=revision, allow_patterns=[*COMPANIONS, *wanted]
                 )
             )
-            if any((folder / name).exists() for name in weights[:2]):
+            if any((folder / name).exists() for name in wanted[:2]):
                 break
     except hub.GatedRepoError as error:
         raise EnvironmentUnable(

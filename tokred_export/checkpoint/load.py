@@ -31,6 +31,9 @@ KEPT_FLOAT32 = (".dt_bias", ".a_log", ".d")
 PIECE = 1 << 24  # elements looked at in one go, so that a check needs little memory
 
 
+DEMO_SOURCE = "demo"  # what a bundle calls the model that ships with the package
+
+
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A Mamba-2 checkpoint that passed every check.
 
@@ -44,6 +47,21 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     revision: str | None  # the hub commit
     files: dict[str, str]  # config and tokenizer files to copy verbatim: name -> path
     weights_sha256: str  # of the tensors' content, whatever files it came in
+
+
+def read_spec(model: str | None, revision: str | None = None) -> ModelSpec:
+    """The sizes of a checkpoint, from its config alone.
+
+    Args:
+        model, revision: as for :func:`load_checkpoint`.
+
+    Raises:
+        InvalidRequest, CheckpointError, EnvironmentUnable: as :func:`load_checkpoint`, except
+            for what is wrong with weights.
+    """
+    folder, _ = find_folder(model, revision, weights=False)
+    config = folder / "config.json"
+    return model_spec(read_json(config), config)
 
 
 def load_checkpoint(model: str | None, revision: str | None = None) -> Checkpoint:
@@ -70,7 +88,7 @@ def load_checkpoint(model: str | None, revision: str | None = None) -> Checkpoin
     return Checkpoint(
         spec=spec,
         tensors=tensors,
-        source=str(folder) if commit is None else str(model),
+        source=DEMO_SOURCE if model is None else str(folder) if commit is None else model,
         revision=commit,
         files=companion_files(folder),
         weights_sha256=content_hash(tensors),
