@@ -1,0 +1,102 @@
+"""Hashing, atomic writes, and the words for a disk that will not take more."""
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tokred_export.disk import (
+    FileRecord,
+    clear_disk_errors,
+    find_damage,
+    hash_file,
+    hash_tree,
+    process_alive,
+    resolve_inside,
+    write_atomic,
+)
+from tokred_export.errors import EnvironmentUnable
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_hash_file(tmp_path, size):
+    """Size and sha256 are right around the read block."""
+    data = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "a").write_bytes(data[:size])
+    digest = hashlib.sha256(data[:size]).hexdigest()
+    assert hash_file(tmp_path / "a", sync=True) == FileRecord(bytes=size, sha256=digest)
+
+
+def test_hash_tree(tmp_path):
+    """Names are relative with slashes, folders are walked, hidden files count."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_bytes(b"1")
+    (tmp_path / ".hidden").write_bytes(b"2")
+    assert set(hash_tree(tmp_path)) == {"a/b/c", ".hidden"}
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="loop is a link"):
+        hash_tree(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "a/./b", ".hidden", "..."])
+def test_paths_inside(tmp_path, name):
+    """Ordinary relative paths stay below the folder."""
+    assert resolve_inside(tmp_path, name).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "/a", "..", "a/../..", "a/../b", "C:/a", "a\\..\\b"])
+def test_paths_outside(tmp_path, name):
+    """Anything that could lead out is refused, also where it would lead back in."""
+    with pytest.raises(ValueError, match="leaves the folder"):
+        resolve_inside(tmp_path, name)
+
+
+def test_damage_is_found_in_order(tmp_path):
+    """Each damaged file gives one clause; a whole one gives none."""
+    for name in ("good", "short", "changed"):
+        (tmp_path / name).write_bytes(b"12")
+    records = hash_tree(tmp_path) | {"gone": FileRecord(bytes=1, sha256="0" * 64)}
+    (tmp_path / "short").write_bytes(b"1")
+    (tmp_path / "changed").write_bytes(b"13")
+    clauses = sorted(find_damage(tmp_path, records))
+    assert [clause.split()[0] for clause in clauses] == ["changed", "gone", "short"]
+
+
+def test_write_atomic(tmp_path):
+    """The content is replaced, and no temporary file stays."""
+    write_atomic(tmp_path / "a", b"1")
+    write_atomic(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"2"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_process_alive():
+    """We and the first process live, whether or not we may signal it; an ended one does not."""
+    assert process_alive(os.getpid()) and process_alive(1)
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    assert not process_alive(process.pid)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk(tmp_path, number):
+    """Full means full, quota or disk, also for a folder that does not exist yet."""
+    with pytest.raises(EnvironmentUnable, match="bytes are free"), clear_disk_errors(
+        tmp_path / "not" / "there"
+    ):
+        raise OSError(number, "full")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST])
+def test_permissions(tmp_path, number):
+    """Permission is about this place only where the caller says so."""
+    with pytest.raises(EnvironmentUnable, match="cannot write to"), clear_disk_errors(
+        tmp_path, writable=True
+    ):
+        raise OSError(number, "no")
+    with pytest.raises(OSError) as caught, clear_disk_errors(tmp_path):
+        raise OSError(number, "no")
+    assert caught.value.errno == number

@@ -1,0 +1,133 @@
+"""From a component of a bundle to something that runs it, checked before use."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from tokred_export.backends.common import ENGINE_FILE, EngineInfo, read_engines
+from tokred_export.bundle import Bundle, rebuild_hint
+from tokred_export.errors import BundleError, InvalidRequest
+from tokred_export.runtime.ort import Device, OrtRunner, load_onnxruntime, open_session
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EngineUse = Literal["auto", "require", "ignore"]
+
+_log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Runs one graph. What implements it knows nothing of prompts, buckets or states."""
+
+    source: Path
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph once on inputs by name; return every output by name."""
+        ...
+
+
+def open_runner(
+    bundle: Bundle,
+    component: str,
+    backend: str = "onnxruntime",
+    device: Device = "cpu",
+    threads: int | None = None,
+    engine: EngineUse = "auto",
+) -> Runner:
+    """Open one component with one backend. Files are not hashed here.
+
+    ONNX Runtime can run a component's ONNX file itself. With ``engine="auto"`` it takes the
+    bundle's optimised copy where there is one that fits, and says in the log if one does not;
+    "require" makes that an error, "ignore" never looks.
+
+    Raises:
+        InvalidRequest: no such component or backend.
+        BundleError: no engine fits (``require``), or the graph lacks a name of the I/O map.
+        EnvironmentUnable: the backend or device is missing here.
+        BuildFailed: the backend does not accept the file.
+    """
+    if component not in bundle.manifest.components:
+        known = ", ".join(sorted(bundle.manifest.components))
+        raise InvalidRequest(f"the bundle has no component {component!r}: name one of {known}")
+    if backend != "onnxruntime":
+        raise InvalidRequest(
+            f"no runner for the backend {backend!r}, expected onnxruntime: run its engines with "
+            "that backend's own tools"
+        )
+    path = bundle.path / bundle.manifest.components[component].file
+    if engine != "ignore":
+        path = _find_engine(bundle, component, device, engine) or path
+    runner = OrtRunner(open_session(path, device, threads), path)
+    _check_names(bundle, component, runner)
+    return runner
+
+
+def engine_folders(bundle: Bundle, backend: str) -> list[str]:
+    """Folders of the bundle that hold engines of ``backend``, as the manifest lists them."""
+    names = (name.rpartition("/") for name in bundle.manifest.files)
+    folders = sorted(folder for folder, _, file in names if file == ENGINE_FILE)
+    return [folder for folder in folders if folder.startswith(f"engines/{backend}-")]
+
+
+def engine_misfit(info: EngineInfo, bundle: Bundle, version: str, device: str) -> str | None:
+    """Why an engine must not be used here, as a clause, or None if it fits."""
+    hashes = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+    if info.version != version:
+        return f"was made by {info.backend} {info.version}, and this is {version}"
+    if info.target != device:
+        return f"was made for {info.target}, and this is {device}"
+    if info.machine != platform.machine():
+        return f"was made for {info.machine}, and this is {platform.machine()}"
+    if any(hashes.get(name) != digest for name, digest in info.onnx_files.items()):
+        return "was made from another version of the ONNX file"
+    return None
+
+
+def _find_engine(
+    bundle: Bundle, component: str, device: Device, engine: EngineUse
+) -> Path | None:
+    """The file of a fitting engine; None, said in the log, or an error if there is none."""
+    version = load_onnxruntime().__version__
+    misfits = []
+    for folder in engine_folders(bundle, "onnxruntime"):
+        info = read_engines(bundle.path / folder).get(component)
+        if info is None:
+            continue
+        misfit = engine_misfit(info, bundle, version, device)
+        if misfit is None:
+            return bundle.path / folder / info.file
+        misfits.append(f"{folder} {misfit}")
+    found = "; ".join(misfits) or f"the bundle has none for {component}"
+    if engine == "require":
+        raise BundleError(
+            f"no onnxruntime engine fits here: {found}; expected one for onnxruntime {version} "
+            f"on {device}: on this machine, {rebuild_hint(bundle.manifest)}"
+        )
+    if misfits:
+        _log.warning(
+            "no onnxruntime engine fits here, so the ONNX file itself is run and optimised at "
+            "every start: %s; to avoid that, on this machine, %s",
+            found, rebuild_hint(bundle.manifest),
+        )  # fmt: skip
+    return None
+
+
+def _check_names(bundle: Bundle, component: str, runner: Runner) -> None:
+    """Raise unless the graph has every name that the I/O map promises."""
+    io = bundle.manifest.io[component]
+    for kind, promised, found in (
+        ("input", io.inputs, runner.input_names),
+        ("output", io.outputs, runner.output_names),
+    ):
+        if missing := sorted(set(promised) - set(found)):
+            raise BundleError(
+                f"{runner.source.name} has no {kind} {', '.join(missing)}, which the bundle's "
+                f"I/O map names: {rebuild_hint(bundle.manifest)}"
+            )
