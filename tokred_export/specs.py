@@ -138,3 +138,32 @@ class ReductionSchedule(Spec, kw_only=True):
             site = self.site_after(layer)
             now = site.tokens_out if site else now
         return tuple(counts)
+
+
+Backend = Literal["onnxruntime", "tensorrt-rtx"]
+
+
+class BuildSpec(Spec, kw_only=True):
+    """Everything a build is asked for; two equal specs on equal weights give equal bundles.
+
+    ``dtype`` None means float32 where ONNX Runtime is among the backends, else float16.
+    """
+
+    model: str | None = None  # a folder or hub id; None is the model that ships with the package
+    revision: str | None = None
+    seq_lens: tuple[int, ...] = (2048,)
+    reduction: ReductionSpec = ReductionSpec()
+    max_batch: int = 1
+    dtype: Dtype | None = None
+    logits: Logits = "last"
+    backends: tuple[Backend, ...] = ("onnxruntime",)
+    # Chunk of the exported scan: 64 is the fastest in function bodies on CPUs (measured by
+    # tools/bench_cpu.py), whatever chunk the checkpoint was trained with.
+    chunk_size: int = 64
+
+    @property
+    def tensor_dtype(self) -> Dtype:
+        """The dtype of weights and activations."""
+        if self.dtype is not None:
+            return self.dtype
+        return "float32" if "onnxruntime" in self.backends else "float16"

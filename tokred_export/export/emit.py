@@ -38,7 +38,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def emit(program: torch.export.ExportedProgram, names: Names, dtype: torch.dtype) -> ir.Model:
+def to_onnx(program: torch.export.ExportedProgram, names: Names, dtype: torch.dtype) -> ir.Model:
     """The ONNX model with every custom op as a node and one level of function body.
 
     Raises:

@@ -21,11 +21,12 @@ def body(
     zero = b.narrow(b.number(0.0))
     x = b.op("Where", b.unsqueeze(real, 2), x, zero)
     x = b.op("Transpose", x, perm=[0, 2, 1])  # [B, C, L]
+    # In float32: that is the op's contract, and bfloat16 has no Conv before opset 22.
     y = b.op(
-        "Conv", x, b.unsqueeze(weight, 1), bias,
+        "Conv", b.wide(x), b.unsqueeze(b.wide(weight), 1), b.wide(bias),
         group=channels, kernel_shape=[taps], pads=[taps - 1, 0],
     )
-    y = b.op("Transpose", b.sigmoid_times(y), perm=[0, 2, 1])
+    y = b.op("Transpose", b.narrow(b.sigmoid_times(y)), perm=[0, 2, 1])
     last = b.slice(x, 2, -(taps - 1), np.iinfo(np.int64).max)  # shorter when L < K - 1
     missing = b.op("Sub", b.ints([taps - 1]), b.dim(last, 2))
     front = b.op("Concat", b.ints([0, 0]), missing, b.ints([0, 0, 0]), axis=0)

@@ -1,0 +1,214 @@
+"""The line walked by ``tokred-export build``: checkpoint to proven bundle.
+
+    checkpoint -> schedule -> ONNX -> engine(s) -> parity -> speed -> report, in one bundle
+
+Every stage that takes long keeps its result in the cache under the hash of all it depends on,
+so a build that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from tokred_export.backends.common import read_engines, write_engine
+from tokred_export.bundle import Bundle, read_bundle, write_manifest, writing_bundle
+from tokred_export.cache import Cache, stage_key
+from tokred_export.checkpoint import Checkpoint, build_model, load_checkpoint
+from tokred_export.errors import InvalidRequest
+from tokred_export.export import OPSET, export_prefill
+from tokred_export.manifest import (
+    BundleSpec,
+    Component,
+    ComponentMetadata,
+    Manifest,
+    make_provenance,
+    prefill_io,
+)
+from tokred_export.model import Mamba2
+from tokred_export.reduction.schedule import solve_schedule
+from tokred_export.specs import Backend, BuildSpec, Dtype, ReductionSchedule
+
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def silent(name: str) -> Iterator[None]:
+    """The stage reporter that reports nothing."""
+    yield
+
+
+class Line(NamedTuple):
+    """What every stage needs: the request, the weights, the cache, and whom to tell."""
+
+    spec: BuildSpec
+    checkpoint: Checkpoint
+    cache: Cache
+    stage: Stage = silent
+
+
+def start_line(spec: BuildSpec, cache: Cache | None = None, stage: Stage = silent) -> Line:
+    """Check the request and load the checkpoint.
+
+    Raises:
+        InvalidRequest, CheckpointError, EnvironmentUnable: as :func:`load_checkpoint`, and for
+            requests no backend can serve.
+    """
+    _check_request(spec)
+    with stage("load checkpoint"):
+        checkpoint = load_checkpoint(spec.model, spec.revision)
+    return Line(spec, checkpoint, cache or Cache(), stage)
+
+
+def _check_request(spec: BuildSpec) -> None:
+    if not spec.seq_lens or not spec.backends:
+        raise InvalidRequest("nothing to build: name at least one --seq-len and one --backend")
+    if len(set(spec.seq_lens)) != len(spec.seq_lens):
+        raise InvalidRequest(f"--seq-len {spec.seq_lens} names a length twice: name each once")
+    if spec.max_batch < 1:
+        raise InvalidRequest(f"--max-batch is {spec.max_batch}, expected at least 1")
+    if spec.tensor_dtype == "bfloat16" and "onnxruntime" in spec.backends:
+        raise InvalidRequest(
+            "ONNX Runtime's CPU provider lacks most bfloat16 kernels: "
+            "build with --dtype float32, or for another --backend"
+        )
+
+
+def component_name(length: int) -> str:
+    """The component of a prefill graph of ``length`` tokens."""
+    return f"prefill-{length}"
+
+
+def schedules(line: Line) -> dict[int, ReductionSchedule]:
+    """The solved schedule of each length, shortest first."""
+    spec = line.spec
+    return {
+        length: solve_schedule(line.checkpoint.spec, spec.reduction, length)
+        for length in sorted(spec.seq_lens)
+    }
+
+
+def eager(line: Line, schedule: ReductionSchedule | None, dtype: Dtype | None = None) -> Mamba2:
+    """The eager model that an export traces and a proof compares with.
+
+    Its scan runs in the chunks of the exported one.
+    """
+    chunked = msgspec.structs.replace(line.checkpoint.spec, chunk_size=line.spec.chunk_size)
+    checkpoint = msgspec.structs.replace(line.checkpoint, spec=chunked)
+    return build_model(
+        checkpoint, schedule, dtype=dtype or line.spec.tensor_dtype, logits=line.spec.logits
+    )
+
+
+def export(line: Line, schedule: ReductionSchedule) -> Path:
+    """The ONNX file of one length, in the cache."""
+    spec = line.spec
+    name = component_name(schedule.length)
+    what = name if schedule.sites else f"{name} dense"
+    key = stage_key(
+        stage="export", weights=line.checkpoint.weights_sha256, model=line.checkpoint.spec,
+        schedule=schedule, dtype=spec.tensor_dtype, max_batch=spec.max_batch,
+        logits=spec.logits, chunk_size=spec.chunk_size, opset=OPSET,
+    )  # fmt: skip
+
+    def make(folder: Path) -> None:
+        model = eager(line, schedule)
+        export_prefill(model, schedule.length, spec.max_batch, folder / f"{name}.onnx")
+
+    with line.stage(f"export {what}"):
+        return line.cache.get_or_make(key, make) / f"{name}.onnx"
+
+
+def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
+    """The folder of one engine, in the cache; its name is the one it has in a bundle."""
+    build, folder_name = _builder(line, backend)
+    key = stage_key(stage="engine", backend=backend, onnx=onnx_path.parent.parent.name,
+                    max_batch=line.spec.max_batch, folder=folder_name)  # fmt: skip
+
+    def make(folder: Path) -> None:
+        build(onnx_path, folder / folder_name)
+
+    dense = "" if onnx_path.parent.parent.name else ""
+    with line.stage(f"build {backend} {onnx_path.stem}{dense}"):
+        return line.cache.get_or_make(key, make) / folder_name
+
+
+def _builder(line: Line, backend: Backend) -> tuple[Callable[[Path, Path], object], str]:
+    """(onnx, folder) -> build there, and the folder's name."""
+    if backend == "onnxruntime":
+        from tokred_export.backends import onnxruntime
+
+        return onnxruntime.build, onnxruntime.folder_name()
+    from tokred_export.backends import tensorrt_rtx
+
+    def build(onnx_path: Path, folder: Path) -> object:
+        return tensorrt_rtx.build(onnx_path, folder, max_batch=line.spec.max_batch)
+
+    return build, tensorrt_rtx.folder_name()
+
+
+@contextlib.contextmanager
+def assembling(line: Line, out: Path, command: str, force: bool = False) -> Iterator[Bundle]:
+    """Export and build everything, and give the bundle while it still has a temporary name.
+
+    What the block adds below ``reports/`` becomes part of it; it appears at ``out`` when the
+    block ends without an error.
+
+    Raises:
+        TokredError: of every kind; ``out`` then stays as it was.
+    """
+    spec, plan = line.spec, schedules(line)
+    with writing_bundle(out, force) as folder:
+        for name, source in line.checkpoint.files.items():
+            shutil.copyfile(source, folder / name)
+        for schedule in plan.values():
+            onnx_path = export(line, schedule)
+            for file in sorted(onnx_path.parent.iterdir()):
+                shutil.copyfile(file, folder / file.name)
+            for backend in spec.backends:
+                _add_engine(engine(line, backend, onnx_path), folder / "engines")
+        manifest = write_manifest(folder, _manifest(line, plan, command))
+        yield read_bundle(folder)
+        with line.stage("write bundle"):
+            write_manifest(folder, manifest)
+
+
+def _add_engine(source: Path, engines: Path) -> None:
+    """Copy one component's engine into the bundle's folder of its backend."""
+    target = engines / source.name
+    target.mkdir(parents=True, exist_ok=True)
+    for info in read_engines(source).values():
+        for name in info.files:
+            shutil.copyfile(source / name, target / name)
+        write_engine(target, info)
+
+
+def _manifest(line: Line, plan: dict[int, ReductionSchedule], command: str) -> Manifest:
+    spec, checkpoint = line.spec, line.checkpoint
+    components, io = {}, {}
+    for length, schedule in plan.items():
+        name = component_name(length)
+        components[name] = Component(
+            file=f"{name}.onnx",
+            metadata=ComponentMetadata(
+                phase="prefill", seq_len=length, length_out=schedule.length_out,
+                max_batch=spec.max_batch, dynamic_batch=spec.max_batch > 1,
+                dtype=spec.tensor_dtype, logits=spec.logits, opset=OPSET,
+                sites=tuple(site.layer for site in schedule.sites),
+            ),
+        )  # fmt: skip
+        io[name] = prefill_io(checkpoint.spec.n_layer, len(schedule.sites))
+    return Manifest(
+        components=components,
+        spec=BundleSpec(model=checkpoint.spec, reduction=spec.reduction, schedules=plan),
+        io=io,
+        provenance=make_provenance(
+            checkpoint.source, checkpoint.weights_sha256, command, checkpoint.revision
+        ),
+    )
