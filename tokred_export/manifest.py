@@ -37,6 +37,7 @@ class ComponentMetadata(Spec, kw_only=True):
     dynamic_batch: bool = False
     dtype: Dtype = "float32"
     logits: Logits = "last"
+    chunk_size: int = 64  # Q of the exported scan
     opset: int
     sites: tuple[int, ...] = ()
 

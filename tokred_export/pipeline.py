@@ -20,7 +20,7 @@ import msgspec
 from tokred_export.backends.common import read_engines, write_engine
 from tokred_export.bundle import Bundle, read_bundle, write_manifest, writing_bundle
 from tokred_export.cache import Cache, stage_key
-from tokred_export.checkpoint import Checkpoint, build_model, load_checkpoint
+from tokred_export.checkpoint import DEMO_SOURCE, Checkpoint, build_model, load_checkpoint
 from tokred_export.errors import InvalidRequest
 from tokred_export.export import OPSET, export_prefill
 from tokred_export.manifest import (
@@ -134,8 +134,7 @@ def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
     def make(folder: Path) -> None:
         build(onnx_path, folder / folder_name)
 
-    dense = "" if onnx_path.parent.parent.name else ""
-    with line.stage(f"build {backend} {onnx_path.stem}{dense}"):
+    with line.stage(f"build {backend} {onnx_path.stem}"):
         return line.cache.get_or_make(key, make) / folder_name
 
 
@@ -179,6 +178,43 @@ def assembling(line: Line, out: Path, command: str, force: bool = False) -> Iter
             write_manifest(folder, manifest)
 
 
+def line_of_bundle(
+    bundle: Bundle, model: str | None = None, cache: Cache | None = None, stage: Stage = silent
+) -> Line:
+    """The line that made a bundle, to compare the bundle with what it was made from.
+
+    Args:
+        bundle: read from disk.
+        model: where the checkpoint is now, if not where the bundle says.
+
+    Raises:
+        InvalidRequest: the checkpoint has other weights than the bundle's.
+        TokredError: as :func:`start_line`.
+    """
+    manifest = bundle.manifest
+    first = next(iter(manifest.components.values())).metadata
+    made_from = manifest.provenance
+    source = None if made_from.model_source == DEMO_SOURCE else made_from.model_source
+    spec = BuildSpec(
+        model=model or source,
+        revision=None if model else made_from.revision,
+        seq_lens=tuple(manifest.spec.schedules),
+        reduction=manifest.spec.reduction,
+        max_batch=first.max_batch,
+        dtype=first.dtype,
+        logits=first.logits,
+        chunk_size=first.chunk_size,
+    )
+    line = start_line(spec, cache, stage)
+    if line.checkpoint.weights_sha256 != made_from.weights_sha256:
+        raise InvalidRequest(
+            f"{spec.model or 'the demo model'} has other weights than the bundle was built from "
+            f"({line.checkpoint.weights_sha256[:12]}, expected {made_from.weights_sha256[:12]}): "
+            "name the right checkpoint with --model"
+        )
+    return line
+
+
 def _add_engine(source: Path, engines: Path) -> None:
     """Copy one component's engine into the bundle's folder of its backend."""
     target = engines / source.name
@@ -200,6 +236,7 @@ def _manifest(line: Line, plan: dict[int, ReductionSchedule], command: str) -> M
                 phase="prefill", seq_len=length, length_out=schedule.length_out,
                 max_batch=spec.max_batch, dynamic_batch=spec.max_batch > 1,
                 dtype=spec.tensor_dtype, logits=spec.logits, opset=OPSET,
+                chunk_size=spec.chunk_size,
                 sites=tuple(site.layer for site in schedule.sites),
             ),
         )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Printing: results on stdout, progress and messages on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+
+import msgspec
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+# Rich itself honours NO_COLOR and drops colours where the stream is no terminal.
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def set_up(verbose: bool, quiet: bool) -> None:
+    """Route logging and warnings to stderr, at the level asked for."""
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    handler = RichHandler(console=err, show_path=False, show_time=False, markup=False)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("tokred_export").setLevel(level)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if not quiet:
+            err.print(f"warning: {message}", markup=False)
+
+    warnings.showwarning = show
+    if not verbose:
+        for category in (FutureWarning, DeprecationWarning):  # other libraries', about themselves
+            warnings.simplefilter("ignore", category)
+
+
+class Progress:
+    """One line a stage on stderr: live on a terminal, plain where it is none."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Report the stage ``name`` and how long it took."""
+        if self._quiet:
+            yield
+            return
+        begun = time.perf_counter()
+        spinner = err.status(f"{name} ...") if err.is_terminal else contextlib.nullcontext()
+        with spinner:
+            yield
+        err.print(f"  {name:<44} {time.perf_counter() - begun:7.1f} s", markup=False)
+
+
+def table(title: str, columns: list[str], rows: list[list[object]]) -> None:
+    """A table on stdout; every column after the first is right-aligned."""
+    shown = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*(str(cell) for cell in row))
+    out.print(shown)
+
+
+def print_json(value: object) -> None:
+    """The one JSON object of ``--json``."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")

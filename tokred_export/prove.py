@@ -1,0 +1,163 @@
+"""The proof of a bundle: parity of its engine with eager, then speed, from what is on disk.
+
+Parity is measured first; where it fails, speed is refused, since a wrong engine has no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from tokred_export import pipeline
+from tokred_export.bundle import Bundle
+from tokred_export.disk import write_atomic
+from tokred_export.environment import environment
+from tokred_export.pipeline import Line
+from tokred_export.runtime.ort import OrtRunner, open_session
+from tokred_export.runtime.runner import open_runner
+from tokred_export.specs import ReductionSchedule
+from tokred_export.verify.baselines import describe_timed, eager_baselines, steady_allocator
+from tokred_export.verify.cases import prompt_cases
+from tokred_export.verify.parity import measure_case, noise_of
+from tokred_export.verify.records import ParityRecord, SpeedRecord
+from tokred_export.verify.speed import Conditions, measure_speed
+
+BACKEND = "onnxruntime"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure_parity(
+    line: Line, bundle: Bundle, command: str, thorough: bool = False, threads: int | None = None
+) -> ParityRecord:
+    """Every prefill of the bundle against eager float32, on random and text prompts.
+
+    Args:
+        line: what the bundle was made from.
+        bundle: what is judged; its stored engine is opened.
+        command: the command line, for the record.
+        thorough: every padded length at which something new happens.
+        threads: of the engine and of eager.
+    """
+    torch.set_num_threads(threads or usable_cores())
+    cases = []
+    for name, component in bundle.manifest.components.items():
+        metadata = component.metadata
+        schedule = bundle.manifest.spec.schedules[metadata.seq_len]
+        with line.stage(f"parity {name}"):
+            model = pipeline.eager(line, schedule, "float32")
+            runner = open_runner(bundle, name, BACKEND, "cpu", threads)
+            prompts = prompt_cases(
+                schedule, line.checkpoint.spec.vocab_size, min(metadata.max_batch, 2), thorough,
+                texts=sample_text(bundle, schedule.length),
+            )
+            for case in prompts:
+                cases.append(
+                    measure_case(
+                        model, runner.run, name, case.input_ids, case.prompt_len,
+                        case.description, metadata.dtype,
+                    )
+                )
+    return ParityRecord(
+        backend=BACKEND,
+        baseline="eager PyTorch, float32, CPU",
+        noise=noise_of(metadata.dtype),
+        cases=tuple(cases),
+        environment=environment(),
+        command=command,
+    )
+
+
+def sample_text(bundle: Bundle, length: int) -> list[list[int]]:
+    """Token ids of a text that every machine has: Python's own source of argparse.
+
+    Empty where the bundle has no tokenizer, as checkpoints of random weights have none.
+    """
+    path = bundle.path / "tokenizer.json"
+    if not path.is_file():
+        return []
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    ids = Tokenizer.from_file(str(path)).encode(text).ids
+    return [ids[:length]]
+
+
+def measure_bundle_speed(
+    line: Line,
+    bundle: Bundle,
+    command: str,
+    threads: int | None = None,
+    samples: int = 20,
+    max_seconds: float = 120.0,
+    batch: int = 1,
+) -> list[SpeedRecord]:
+    """Latency of every prefill against the fastest dense eager, and of the dense engine.
+
+    Args:
+        line: what the bundle was made from; the dense graph is exported and built from it.
+        bundle: what is measured; its stored engine is opened.
+        command: the command line, for the record.
+        threads: of engines and eager alike; None for all usable cores.
+        samples: rounds of a full run.
+        max_seconds: for each component.
+        batch: prompts at a time.
+    """
+    threads = threads or usable_cores()
+    steady = steady_allocator()
+    records = []
+    for name, component in bundle.manifest.components.items():
+        schedule = bundle.manifest.spec.schedules[component.metadata.seq_len]
+        dense = ReductionSchedule(method="none", length=schedule.length)
+        dense_onnx = pipeline.export(line, dense)
+        dense_folder = pipeline.engine(line, BACKEND, dense_onnx)
+        ids = _full_prompts(line, batch, schedule.length)
+        feeds = {
+            "input_ids": ids, "prompt_len": np.full(batch, schedule.length, np.int32)
+        }
+        with line.stage(f"speed {name}"):
+            baselines = eager_baselines(line.checkpoint, torch.from_numpy(ids), threads)
+            path = dense_folder / dense_onnx.name
+            dense_runner = OrtRunner(open_session(path, "cpu", threads), path)
+            runner = open_runner(bundle, name, BACKEND, "cpu", threads)
+            records.append(
+                measure_speed(
+                    name,
+                    lambda run=dense_runner.run, feeds=feeds: run(feeds),
+                    lambda run=runner.run, feeds=feeds: run(feeds),
+                    baselines.timed,
+                    Conditions(
+                        BACKEND, batch, schedule, threads, describe_timed(steady),
+                        environment(), command, baselines.left_out,
+                    ),
+                    samples=samples,
+                    max_seconds=max_seconds,
+                )
+            )
+    return records
+
+
+def _full_prompts(line: Line, batch: int, length: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    return random.integers(0, line.checkpoint.spec.vocab_size, (batch, length), dtype=np.int32)
+
+
+def store(folder: Path, name: str, records: object) -> None:
+    """Write records as ``reports/<name>.json``."""
+    (folder / "reports").mkdir(exist_ok=True)
+    data = msgspec.json.format(msgspec.json.encode(records), indent=1)
+    write_atomic(folder / "reports" / f"{name}.json", data)
+
+
+def load(bundle: Bundle, name: str, kind: type) -> Sequence | None:
+    """Records of ``reports/<name>.json``, or None if there are none."""
+    path = bundle.path / "reports" / f"{name}.json"
+    return msgspec.json.decode(path.read_bytes(), type=kind) if path.is_file() else None
