@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
+import tomllib
 
 from tokred_export.errors import InvalidRequest
 from tokred_export.units import parse_share, parse_size
@@ -17,12 +16,12 @@ from tokred_export.units import parse_share, parse_size
 class _Parsed(click.ParamType):
     """A flag whose text one of our own parsers reads; its sentence becomes Click's."""
 
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
         self.name, self._parse = name, parse
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
         if not isinstance(value, str):
             return value
         try:
@@ -56,8 +55,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise click.BadParameter(f"{path} cannot be read as TOML: {error}", ctx, param) from error
     known = {
-        p.name.replace("_", "-"): p for p in ctx.command.params if p.name and p.name != "config"
+        flag.removeprefix("--"): option
+        for option in ctx.command.params
+        for flag in option.opts
+        if flag.startswith("--") and flag != "--config"
     }
+    known |= {p.name: p for p in ctx.command.params if isinstance(p, click.Argument)}
     defaults = {}
     for key, value in values.items():
         option = known.get(key.replace("_", "-"))

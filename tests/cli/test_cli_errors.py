@@ -1,0 +1,203 @@
+"""Every kind of bad input: one sentence on stderr, its exit code, no damaged output folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checkpoints import edit_config, edit_weights, write_mamba_ssm, write_transformers
+
+from tokred_export.cli import run
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("TOKRED_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A good small checkpoint."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_transformers(folder)
+    return folder
+
+
+def failing(capsys, arguments, code):
+    """Run a command line that must fail with ``code``; return what it said."""
+    assert run([str(a) for a in arguments]) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return captured.err
+
+
+def build(model, out, *more):
+    return ["build", model, "-o", out, "--seq-len", "64", "--sites", "0,1", "--quiet", *more]
+
+
+def truncate(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def first(tensors, ending):
+    return next(name for name in tensors if name.endswith(ending))
+
+
+def wrong_shape(tensors):
+    name = first(tensors, "out_proj.weight")
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def not_a_number(tensors):
+    tensors[first(tensors, "in_proj.weight")][3, 4] = torch.nan
+
+
+DAMAGES = {
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "weights"),
+    "truncated weights": (truncate, "model.safetensors"),
+    "wrong shape": (lambda m: edit_weights(m, wrong_shape), "out_proj"),
+    "NaN": (lambda m: edit_weights(m, not_a_number), "in_proj"),
+    "unknown architecture": (lambda m: edit_config(m, model_type="llama"), "llama"),
+    "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
+    "config is no JSON": (lambda m: (m / "config.json").write_text("{"), "config.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints(capsys, model, tmp_path, damage):
+    """Exit code 4, the culprit named, no bundle."""
+    harm, culprit = DAMAGES[damage]
+    harm(model)
+    said = failing(capsys, build(model, tmp_path / "out"), 4)
+    assert culprit in said
+    assert not (tmp_path / "out").exists()
+
+
+REQUESTS = {
+    "no such folder": (["build", "no/such/folder", "-o", "OUT"], "no/such/folder"),
+    "site beyond the last layer": (["--sites", "0,7"], "7"),
+    "sites out of order": (["--sites", "1,0"], "1"),
+    "no tokens left": (["--reduce", "99%"], "99"),
+    "beyond 100 %": (["--reduce", "120%"], "120%"),
+    "not a share": (["--reduce", "some"], "some"),
+    "not a size": (["--seq-len", "2q"], "2q"),
+    "no length": (["--seq-len", "0"], "0"),
+    "a length twice": (["--seq-len", "64"], "twice"),
+    "bfloat16 on the CPU": (["--dtype", "bfloat16"], "bfloat16"),
+    "unknown method": (["--method", "magic"], "magic"),
+    "unknown flag": (["--sequence-length", "64"], "--sequence-length"),
+    "long tail": (["--protect-tail", "60"], "60"),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_requests_that_cannot_be_meant(capsys, model, tmp_path, request_):
+    """Exit code 2, what was found named, no bundle."""
+    flags, culprit = REQUESTS[request_]
+    out = tmp_path / "out"
+    arguments = (
+        [out if a == "OUT" else a for a in flags]
+        if flags[0] == "build"
+        else build(model, out, *flags)
+    )
+    assert culprit in failing(capsys, arguments, 2)
+    assert not out.exists()
+
+
+def test_pickles_with_code_are_refused(capsys, tmp_path):
+    """A pickle may not run anything."""
+
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harmed"), "w"))
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_mamba_ssm(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save({"backbone.norm_f.weight": Harm()}, folder / "pytorch_model.bin")
+    failing(capsys, build(folder, tmp_path / "out"), 4)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_foreign_folders_are_left_alone(capsys, model, tmp_path):
+    """An output folder with something else in it is refused, even with --force."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("five years")
+    failing(capsys, build(model, out, "--force"), 2)
+    assert (out / "thesis.tex").read_text() == "five years"
+
+
+def test_a_full_disk(capsys, model, tmp_path, monkeypatch):
+    """Exit code 3, and no half bundle."""
+    import shutil
+
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    said = failing(capsys, build(model, tmp_path / "out", "--no-verify"), 3)
+    assert "full" in said or "space" in said
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+
+
+def test_config_file(capsys, model, tmp_path):
+    """Keys as the flags; a flag wins; an unknown key names the nearest."""
+    config = tmp_path / "tokred.toml"
+    config.write_text('reduce = "10%"\nmethod = "evit"\n')
+    flags = ["plan", model, "--seq-len", "64", "--sites", "0,1", "--json", "--config", config]
+    assert run([str(a) for a in flags]) == 0
+    schedule = json.loads(capsys.readouterr().out)["plans"][0]["schedule"]
+    assert schedule["method"] == "evit"
+    assert run([str(a) for a in [*flags, "--method", "pumer"]]) == 0
+    schedule = json.loads(capsys.readouterr().out)["plans"][0]["schedule"]
+    assert schedule["method"] == "pumer"
+    config.write_text('redcue = "10%"\n')
+    assert "reduce" in failing(capsys, flags, 2)
+    config.write_text("reduce = \n")
+    assert "TOML" in failing(capsys, flags, 2)
+
+
+def test_environment_variables(capsys, model, monkeypatch):
+    """TOKRED_<VERB>_<FLAG> stands for a flag."""
+    monkeypatch.setenv("TOKRED_PLAN_METHOD", "evit")
+    flags = ["plan", model, "--seq-len", "64", "--sites", "0,1", "--json"]
+    assert run([str(a) for a in flags]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"][0]["schedule"]["method"] == "evit"
+
+
+@pytest.mark.parametrize("verb", ["verify", "bench", "report", "inspect"])
+def test_no_bundle(capsys, tmp_path, verb):
+    """A folder that is no bundle, or no folder at all."""
+    failing(capsys, [verb, tmp_path / "nothing"], 2)
+    (tmp_path / "empty").mkdir()
+    assert "export.json" in failing(capsys, [verb, tmp_path / "empty"], 4)
+
+
+def test_internal_errors_are_not_gates(capsys, monkeypatch):
+    """A crash exits with 70, since 1 would read as a failed gate."""
+    import tokred_export.doctor
+
+    def broken():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(tokred_export.doctor, "diagnose", broken)
+    assert run(["doctor"]) == 70
+    assert "a bug" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    """Every backend has an answer and a reason."""
+    assert run(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["backends"]["onnxruntime (CPU)"]["can_run"]
+    assert all(backend["reason"] for backend in found["backends"].values())
+    assert run(["doctor"]) == 0
+    assert "tensorrt-rtx" in capsys.readouterr().out
