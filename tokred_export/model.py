@@ -10,6 +10,7 @@ A block is in_proj -> conv + SiLU -> SSD scan -> gated norm -> out_proj; blocks 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 
 from tokred_export.reduction.methods import Choice, reduce_tokens
 from tokred_export.specs import Logits, ModelSpec, ReductionSchedule
+
+# Called at a site before anything is removed: its number, the scan's output y [B, L, E], the
+# block's output hidden [B, L, D], and pads int32 [B].
+Observe = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class Prefill(NamedTuple):
@@ -87,7 +92,11 @@ class Mamba2(nn.Module):
             self.lm_head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
 
     def forward(
-        self, input_ids: Tensor, prompt_len: Tensor, choices: list[Choice] | None = None
+        self,
+        input_ids: Tensor,
+        prompt_len: Tensor,
+        choices: list[Choice] | None = None,
+        observe: Observe | None = None,
     ) -> Prefill:
         """Prefill from a zero state.
 
@@ -95,6 +104,7 @@ class Mamba2(nn.Module):
             input_ids: int32 [B, L]; the prompt ends at L, whatever stands before it is padding.
             prompt_len: int32 [B], 0 to L.
             choices: replay these, one a site, instead of choosing.
+            observe: shown what each site sees; for verification.
         """
         spec, ops, schedule = self.spec, self.ops, self.schedule
         length = input_ids.shape[1]
@@ -124,6 +134,8 @@ class Mamba2(nn.Module):
                 gated_y, gate, stream = y[:, -1:], zxbcdt[:, -1:], residual[:, -1:]
             hidden = block.out_proj(self._gated_norm(block, gated_y, gate))
             if site is not None:
+                if observe is not None:
+                    observe(len(made), y, hidden, pads)
                 given = choices[len(made)] if choices is not None else None
                 reduced = reduce_tokens(
                     schedule.method, y, hidden, stream, pads, site,

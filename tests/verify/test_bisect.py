@@ -1,7 +1,5 @@
 """Where an engine leaves eager, found in records of engines broken at known places."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from tiny_engines import (
@@ -76,9 +74,7 @@ def test_a_wrong_merge_is_found_behind_its_site(model):
         return PLAIN.token_reduce(hidden, residual, keep, src, dst, ~merge)
 
     found = diverges(model, eager_engine(model, token_reduce=token_reduce))
-    assert (found.tensor, found.layer, found.site, found.site_layer) == (
-        "present.conv_state.1", 1, 0, 0,
-    )  # fmt: skip
+    assert (found.layer, found.site, found.site_layer) == (1, 0, 0)
     assert "site 0 lies right before this layer" in found.reason
 
 
@@ -148,8 +144,7 @@ def test_sites_are_those_of_the_schedule(model):
 
     def ssd_scan(*arguments):
         y, state = PLAIN.ssd_scan(*arguments)
-        return y * 1.01, state
+        return y + 0.01, state
 
     found = diverges(dense, eager_engine(dense, ssd_scan=ssd_scan))
     assert (found.tensor, found.site) == ("present.conv_state.1", None)
-    assert dataclasses.is_dataclass(dense.ops)

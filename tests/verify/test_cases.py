@@ -1,5 +1,7 @@
 """Which prompts a graph is verified on."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ def chain(*tokens):
     """A schedule through these token counts, a site after each layer."""
     sites = tuple(
         Site(layer=i, tokens_in=a, tokens_out=b)
-        for i, (a, b) in enumerate(zip(tokens, tokens[1:], strict=False))
+        for i, (a, b) in enumerate(pairwise(tokens))
     )
     return ReductionSchedule(method="utrc", length=tokens[0], sites=sites)
 
@@ -59,8 +61,8 @@ def test_short_and_dense_graphs(length):
 def test_the_light_set_is_small_and_sees_the_turn():
     """Three runs: full, padding that runs out inside a site, and short."""
     cases = prompt_cases(WIDE, 50)
-    assert [int(case.prompt_len[0]) for case in cases] == [300, 7, 280]
-    assert any(0 < pads < r for pads, r in pads_entering(WIDE, 280))
+    assert [int(case.prompt_len[0]) for case in cases] == [300, 7, 229]
+    assert any(0 < pads < r for pads, r in pads_entering(WIDE, 229))
 
 
 def test_the_thorough_set_has_every_length_once():
@@ -85,7 +87,8 @@ def test_ids_are_seeded_and_cover_the_vocabulary():
     """The same seed gives the same prompts, another one others; ids stay in range."""
     first, again, other = (prompt_cases(WIDE, 50, seed=seed) for seed in (3, 3, 4))
     for a, b, c in zip(first, again, other, strict=True):
-        assert np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.prompt_len, b.prompt_len)
+        assert np.array_equal(a.input_ids, b.input_ids)
+        assert np.array_equal(a.prompt_len, b.prompt_len)
         assert not np.array_equal(a.input_ids, c.input_ids)
         assert a.input_ids.dtype == a.prompt_len.dtype == np.int32
     ids = np.concatenate([case.input_ids for case in first])

@@ -78,8 +78,8 @@ def test_shapes_must_agree():
 
 def test_compare_keeps_the_noise_floor():
     """The noise is measured against the baseline too, and the record survives JSON."""
-    a = np.array([[3.0, 4.0]])
-    found = compare("logits", a, a + [[0.5, 0]], a + [[0, 0.1]])
+    a, b, c = (np.array([row]) for row in ([3.0, 4.0], [3.5, 4.0], [3.0, 4.1]))
+    found = compare("logits", a, b, c)
     assert (found.name, found.shape) == ("logits", (1, 2))
     assert found.rel_l2 == pytest.approx(0.1)
     assert found.noise_rel_l2 == pytest.approx(0.02)

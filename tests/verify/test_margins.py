@@ -110,6 +110,26 @@ def test_a_source_from_the_other_half():
     }  # fmt: skip
 
 
+def test_a_removal_answers_for_its_target():
+    """All of the lower half goes. Token 3 may be there instead of 2, but not merge into 5."""
+    eager = choice([0, 1, 2], [3, 4, 5], [False, True, True])
+    near = scores_of([0.0, 0.10, 0.200, 0.201, 0.5, 0.9], UNIT, noise=(0.01, 0.1))
+    engine = choice([0, 1, 3], [4, 4, 4], [True, False, True])
+    assert found(eager, engine, near)[3, "removed"] == pytest.approx(0.1)
+    engine = choice([0, 1, 3], [4, 4, 5], [True, False, True])
+    margin = pytest.approx((np.cos(np.radians(100)) + 1) / 0.1)
+    assert found(eager, engine, near)[3, "removed"] == margin
+
+
+def test_a_kept_token_that_is_merged_into():
+    """Token 1 stays and takes 0 in: a weak link is no excuse, it must be in the upper half."""
+    engine = choice([0, 2], [1, 5], [False, True])
+    scores = scores_of(SCORE, UNIT, noise=(0.01, 1e3))
+    margin = pytest.approx((0.23 - 0.10) / 0.01)
+    flips = found(RIGHT, engine, scores)
+    assert (flips[1, "kept"], flips[0, "target"]) == (margin, margin)
+
+
 def test_the_smaller_explanation_counts():
     """A kept token either has a weak link or is in the upper half, whichever is nearer."""
     engine = choice([0, 2], [3, 5], [False, True])

@@ -383,6 +383,22 @@ def test_margin_is_the_distance_in_units_of_the_noise():
     assert flips["kept"].margin == pytest.approx((wide[order[7]] - wide[last]) / noise, rel=1e-9)
 
 
+def test_padding_makes_no_noise():
+    """Whatever stands in the padding, and however large, the noise is that of prompt tokens."""
+    model = tiny_model()
+    model.embedding.weight.data[0] *= 1e6
+    ids, lengths = prompts([33, 25])
+    ids[ids == 0] = 1
+    noises = []
+    for padding in (0, 1):
+        for row, length in zip(ids, lengths, strict=True):
+            row[: LENGTH - length] = padding
+        case = measure_case(model, eager_engine(model), "prefill-37", ids, lengths, "padded")
+        noises += [(site.importance_noise, site.similarity_noise) for site in case.sites]
+    assert noises[:2] == noises[2:]
+    assert min(min(pair) for pair in noises) > 0
+
+
 def test_sites_are_compared_on_the_same_tokens(model):
     """After another choice at site 0, site 1 is asked about the tokens the engine had there."""
     removed = free_choice(model, [37]).src[0, :2].tolist()
@@ -434,14 +450,14 @@ def test_numeric_errors_behind_equal_choices(model):
 
 def test_the_baseline_must_be_float32(model):
     """A 16-bit baseline would hide what 16 bit does."""
-    with pytest.raises(InvalidRequest, match="torch.float16 on cpu, expected float32 on the CPU"):
+    with pytest.raises(InvalidRequest, match=r"torch\.float16 on cpu, expected float32 on"):
         measure(in_dtype(model, torch.float16), eager_engine(model))
 
 
 def test_the_schedule_must_be_of_the_prompts_length(model):
     """Prompts of another width belong to another bucket."""
     ids, lengths = prompts([37])
-    with pytest.raises(InvalidRequest, match="36 tokens wide, but .* for 37"):
+    with pytest.raises(InvalidRequest, match=r"36 tokens wide, but .* for 37"):
         measure_case(model, eager_engine(model), "prefill-36", ids[:, 1:], lengths, "cut")
 
 

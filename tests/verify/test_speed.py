@@ -267,6 +267,33 @@ def test_a_drift_that_stays_is_inconclusive():
     assert lab.ran.count("dense") == 8
 
 
+def test_a_baseline_that_was_overtaken_is_measured_again_with_the_other():
+    """The winner of the elimination got slower than a loser had been: both run again."""
+    lab = Lab()
+    baselines = {"a": lab.call("a", *[100] * 4, 150), "b": lab.call("b", 120)}
+    record = lab.measure(
+        lab.call("dense", 40), lab.call("reduced", 25), baselines, samples=4, warmup=0
+    )
+    assert record.remeasured
+    assert not record.inconclusive
+    assert record.baseline == "b"
+    assert record.engine_gain == pytest.approx(120 / 40)
+
+
+def test_a_machine_that_was_quicker_before_is_inconclusive():
+    """All baselines slowed down after the elimination: steady, but not to be believed."""
+    lab = Lab()
+    baselines = {
+        name: lab.call(name, *[quick] * 4, 300)
+        for name, quick in {"a": 100, "b": 120, "c": 140, "d": 160}.items()
+    }
+    record = lab.measure(
+        lab.call("dense", 40), lab.call("reduced", 25), baselines, samples=4, warmup=0
+    )
+    assert record.remeasured
+    assert record.inconclusive
+
+
 @pytest.mark.parametrize(("late", "remeasured"), [(104.9, False), (105.1, True)])
 def test_five_percent_is_the_limit_for_baselines_too(late, remeasured):
     """A baseline that drifts by more than 5 % spoils the run as an engine does."""

@@ -41,6 +41,7 @@ class Reduced(NamedTuple):
 
 
 Select = Callable[[Tensor, Tensor, Tensor, Site, int, int, OpSet], tuple[Choice, Tensor]]
+Score = Callable[[Tensor, Tensor, OpSet], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,34 @@ class Method:
     Attributes:
         name: as on the command line.
         select: (y, hidden, pads, site, prune_permille, protect_tail, ops) -> Choice, keep.
-        top_values: merge the hidden branch as UTRC's published code does, channel by channel.
         source: where the method comes from.
+        score: (y, pads, ops) -> [B, L], what the split into two halves ranks tokens by; None
+            where positions alone decide.
+        links: each token of the lower half looks for its most similar one in the upper half;
+            without, the lower part is what goes.
+        top_values: merge the hidden branch as UTRC's published code does, channel by channel.
     """
 
     name: str
     select: Select
     source: str
+    score: Score | None = None
+    links: bool = False
     top_values: bool = False
+
+    def lower_count(self, site: Site) -> int:
+        """Tokens in the lower part of the split."""
+        return site.tokens_in // 2 if self.links else site.removed
+
+
+def _importance(y: Tensor, pads: Tensor, ops: OpSet) -> Tensor:
+    return ops.token_importance(y)
+
+
+def _parity(y: Tensor, pads: Tensor, ops: OpSet) -> Tensor:
+    # Even distances from the first prompt token look for a partner among odd ones.
+    position = torch.arange(y.shape[1], device=y.device, dtype=torch.int32)
+    return ((position - pads[:, None]) % 2).to(accumulate(y.dtype))
 
 
 def _link(
@@ -75,23 +96,20 @@ def _link(
 def _utrc(
     y: Tensor, hidden: Tensor, pads: Tensor, site: Site, permille: int, tail: int, ops: OpSet
 ) -> tuple[Choice, Tensor]:
-    return _link(ops.token_importance(y), hidden, pads, site, permille, tail, ops)
+    return _link(_importance(y, pads, ops), hidden, pads, site, permille, tail, ops)
 
 
 def _pumer(
     y: Tensor, hidden: Tensor, pads: Tensor, site: Site, permille: int, tail: int, ops: OpSet
 ) -> tuple[Choice, Tensor]:
-    # Even distances from the first prompt token look for a partner among odd ones; every link
-    # that acts merges.
-    position = torch.arange(site.tokens_in, device=y.device, dtype=torch.int32)
-    parity = (position - pads[:, None]) % 2
-    return _link(parity.to(accumulate(y.dtype)), hidden, pads, site, 0, tail, ops)
+    # Every link that acts merges.
+    return _link(_parity(y, pads, ops), hidden, pads, site, 0, tail, ops)
 
 
 def _evit(
     y: Tensor, hidden: Tensor, pads: Tensor, site: Site, permille: int, tail: int, ops: OpSet
 ) -> tuple[Choice, Tensor]:
-    src, keep = ops.token_split(ops.token_importance(y), pads, site.removed, tail)
+    src, keep = ops.token_split(_importance(y, pads, ops), pads, site.removed, tail)
     dst = torch.full_like(src, -1)
     return Choice(src, dst, torch.zeros_like(src, dtype=torch.bool)), keep
 
@@ -112,10 +130,15 @@ def _none(
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("utrc", _utrc, "UTRC (EMNLP 2024), the paper's text"),
-        Method("utrc-code", _utrc_code, "github.com/wuyushuwys/ToR_SSM at 2e9fc62", True),
-        Method("evit", _evit, "EViT (ICLR 2022), scored by UTRC's Eq. 5"),
-        Method("pumer", _pumer, "PuMer (ACL 2023): ToMe's bipartite soft matching"),
+        Method("utrc", _utrc, "UTRC (EMNLP 2024), the paper's text", _importance, links=True),
+        Method(
+            "utrc-code", _utrc_code, "github.com/wuyushuwys/ToR_SSM at 2e9fc62", top_values=True
+        ),
+        Method("evit", _evit, "EViT (ICLR 2022), scored by UTRC's Eq. 5", _importance),
+        Method(
+            "pumer", _pumer, "PuMer (ACL 2023): ToMe's bipartite soft matching", _parity,
+            links=True,
+        ),
         Method("none", _none, "the dense model"),
     )
 }
@@ -148,7 +171,8 @@ def reduce_tokens(
         choice: replay this choice instead of making one.
     """
     if method_name not in METHODS:
-        raise InvalidRequest(f"unknown method {method_name!r}; expected one of {', '.join(METHODS)}")
+        known = ", ".join(METHODS)
+        raise InvalidRequest(f"unknown method {method_name!r}; expected one of {known}")
     method = METHODS[method_name]
     if choice is None:
         choice, keep = method.select(y, hidden, pads, site, prune_permille, protect_tail, ops)

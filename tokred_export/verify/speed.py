@@ -45,7 +45,7 @@ REAL_CLOCK = Clock()
 
 
 class Conditions(NamedTuple):
-    """What a speed record says beside the latencies; see :class:`SpeedRecord`."""
+    """What a speed record says beside the latencies, by the names of :class:`SpeedRecord`."""
 
     backend: str
     batch: int
@@ -57,10 +57,12 @@ class Conditions(NamedTuple):
     left_out: Mapping[str, str] = {}
 
 
-class _Outcome(NamedTuple):
+class _Final(NamedTuple):
+    """A full run: latencies of finalists and engines, the baseline, and whether to believe it."""
+
     latencies: dict[str, Latency]
-    remeasured: bool
-    inconclusive: bool
+    fastest: Latency
+    steady: bool
 
 
 def interleave(
@@ -124,8 +126,9 @@ def measure_speed(
 
     The baselines first meet in a short elimination. The fastest of it, and a second one that
     came within 5 %, run with the engines in full; the lower median of those two is the baseline.
-    If the first and last samples of anything in that run drift apart by more than 5 %, the run
-    is repeated once; if they do again, the record is inconclusive.
+    If the first and last samples of anything in that run drift apart by more than 5 %, or a
+    baseline that was eliminated had been faster than that by more than 5 %, the run is repeated
+    once, with finalists chosen anew; if it is no better, the record is inconclusive.
 
     Args:
         component: "prefill-2048".
@@ -148,34 +151,35 @@ def measure_speed(
     begun = clock.now_ns()
     heats = _eliminate(baselines, max_seconds / 3, clock, rest_seconds)
     left = max_seconds - (clock.now_ns() - begun) / 1e9
-    finalists = _finalists(heats)
-    timed = {name: baselines[name] for name in finalists}
-    timed |= {ENGINE_DENSE: engine_dense, ENGINE_REDUCED: engine_reduced}
-    outcome = _run_twice_if_drifting(timed, samples, warmup, left / 2, clock, rest_seconds)
+    engines = {ENGINE_DENSE: engine_dense, ENGINE_REDUCED: engine_reduced}
 
-    found = outcome.latencies
-    fastest = min((found[name] for name in finalists), key=lambda latency: latency.median_ms)
+    def run(warmup: int) -> _Final:
+        timed = {name: baselines[name] for name in _finalists(heats)} | engines
+        latencies = interleave(timed, samples, warmup, left / 2, clock, rest_seconds)
+        return _final({latency.name: latency for latency in latencies}, heats)
+
+    final = run(warmup)
+    remeasured = not final.steady
+    if remeasured:
+        # What was seen of the finalists counts when they are chosen anew.
+        heats |= {name: final.latencies[name] for name in heats if name in final.latencies}
+        final = run(warmup=0)  # all is warm by now
+
+    fastest, found = final.fastest, final.latencies
     dense, reduced = found[ENGINE_DENSE], found[ENGINE_REDUCED]
     return SpeedRecord(
+        **conditions._asdict(),
         component=component,
-        backend=conditions.backend,
-        batch=conditions.batch,
-        schedule=conditions.schedule,
-        threads=conditions.threads,
-        timed=conditions.timed,
         baselines=tuple(found.get(name, heat) for name, heat in heats.items()),
         baseline=fastest.name,
-        left_out=dict(conditions.left_out),
         engine_dense=dense,
         engine_reduced=reduced,
         engine_gain=fastest.median_ms / dense.median_ms,
         reduction_gain=dense.median_ms / reduced.median_ms,
         speedup=fastest.median_ms / reduced.median_ms,
         samples_asked=samples,
-        remeasured=outcome.remeasured,
-        inconclusive=outcome.inconclusive,
-        environment=conditions.environment,
-        command=conditions.command,
+        remeasured=remeasured,
+        inconclusive=not final.steady,
     )
 
 
@@ -224,24 +228,19 @@ def _finalists(heats: Mapping[str, Latency]) -> list[str]:
     return [name for name in ranked if best[name] <= (1 + NEAR) * best[ranked[0]]]
 
 
-def _run_twice_if_drifting(
-    timed: Mapping[str, Timed],
-    samples: int,
-    warmup: int,
-    max_seconds: float,
-    clock: Clock,
-    rest_seconds: float,
-) -> _Outcome:
-    def run(warmup: int) -> tuple[dict[str, Latency], bool]:
-        latencies = interleave(timed, samples, warmup, max_seconds, clock, rest_seconds)
-        steady = all(latency.drift <= MAX_DRIFT for latency in latencies)
-        return {latency.name: latency for latency in latencies}, steady
+def _final(latencies: dict[str, Latency], heats: Mapping[str, Latency]) -> _Final:
+    """The outcome of a full run, given what the elimination saw.
 
-    latencies, steady = run(warmup)
-    if steady:
-        return _Outcome(latencies, remeasured=False, inconclusive=False)
-    latencies, steady = run(warmup=0)  # all is warm by now
-    return _Outcome(latencies, remeasured=True, inconclusive=not steady)
+    It is not steady if anything drifted, and neither if a baseline outside of the run had been
+    faster than the one that won it: then the machine was quicker at that time than now, or the
+    wrong ones were eliminated.
+    """
+    finalists = [latency for name, latency in latencies.items() if name in heats]
+    fastest = min(finalists, key=lambda latency: latency.median_ms)
+    others = [heat.median_ms for name, heat in heats.items() if name not in latencies]
+    overtaken = any((1 + NEAR) * other < fastest.median_ms for other in others)
+    steady = all(latency.drift <= MAX_DRIFT for latency in latencies.values())
+    return _Final(latencies, fastest, steady and not overtaken)
 
 
 def _round(timed: Mapping[str, Timed], clock: Clock, rest_seconds: float) -> dict[str, float]:
