@@ -65,7 +65,7 @@ def test_states_continue_the_prompt(tmp_path, config):
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 17, 24])
 def test_padding_changes_nothing(tmp_path, length):
     """A padded dense prefill equals the bare prompt's, whatever ids stand in the padding."""
-    write_mamba_ssm(tmp_path, **MAMBA_SSM["biases"] if "biases" in MAMBA_SSM else {})
+    write_mamba_ssm(tmp_path, **MAMBA_SSM["biases"])
     checkpoint = load_checkpoint(str(tmp_path))
     model = build_model(checkpoint)
     tokens = ids(1, 24, checkpoint.spec.vocab_size)

@@ -21,6 +21,7 @@ from tokred_export.pipeline import Stage, silent
 from tokred_export.reduction.schedule import plan_rows
 from tokred_export.report.model import Bucket, JudgedParity, JudgedSpeed, Missing, Report
 from tokred_export.report.render import render
+from tokred_export.runtime.ort import Device
 from tokred_export.specs import BuildSpec, Spec
 from tokred_export.verify.bisect import first_divergence
 from tokred_export.verify.judge import Verdict, judge_parity, judge_speed, tolerance_for
@@ -78,7 +79,7 @@ def build(
             prove.store(bundle.path, "parity", [record])
             verdict = judge_parity(record, tolerance_for(spec.tensor_dtype))
         if speed:
-            refused = _refusal(verdict)
+            refused = _refusal(verdict, spec.device)
         if speed and refused is None:
             speeds = prove.measure_bundle_speed(
                 line, bundle, command, threads=threads, max_seconds=bench_seconds
@@ -98,6 +99,7 @@ def verify(
     threads: int | None = None,
     junit: Path | None = None,
     bisect: bool = False,
+    device: Device = "cpu",
     stage: Stage = silent,
 ) -> Result:
     """Measure parity anew (or take the stored record), judge it, and store it.
@@ -115,7 +117,7 @@ def verify(
                 f"{path} holds no parity record to judge: run `tokred-export verify {path}`"
             )
     else:
-        line = pipeline.line_of_bundle(bundle, model, stage=stage)
+        line = pipeline.line_of_bundle(bundle, model, stage=stage, device=device)
         record = prove.measure_parity(line, bundle, command, thorough, threads)
         prove.store(path, "parity", [record])
         _write_pages(bundle, None, None)
@@ -152,7 +154,7 @@ def bench(
     verify_files(bundle)
     record = _stored_parity(bundle)
     verdict = judge_parity(record, tolerance_for(_dtype(bundle))) if record else None
-    if (refused := _refusal(verdict)) is not None:
+    if (refused := _refusal(verdict, "cpu")) is not None:
         raise GateFailed(f"{refused}; run `tokred-export verify {path}` first")
     metadata = next(iter(bundle.manifest.components.values())).metadata
     if batch > metadata.max_batch:
@@ -186,8 +188,10 @@ def write_report(path: Path) -> list[Path]:
     return pages
 
 
-def _refusal(verdict: Verdict | None) -> str | None:
+def _refusal(verdict: Verdict | None, device: str) -> str | None:
     """Why speed is not measured, if so."""
+    if device != "cpu":
+        return f"speed is refused: on {device} there is no baseline yet to compare with"
     if verdict is None:
         return "speed is refused: parity was not measured"
     if verdict.outcome != "PASS":

@@ -33,6 +33,7 @@ from tokred_export.manifest import (
 )
 from tokred_export.model import Mamba2
 from tokred_export.reduction.schedule import solve_schedule
+from tokred_export.runtime.ort import Device, require_provider
 from tokred_export.specs import Backend, BuildSpec, Dtype, ReductionSchedule
 
 Stage = Callable[[str], AbstractContextManager[None]]
@@ -73,11 +74,14 @@ def _check_request(spec: BuildSpec) -> None:
         raise InvalidRequest(f"--seq-len {spec.seq_lens} names a length twice: name each once")
     if spec.max_batch < 1:
         raise InvalidRequest(f"--max-batch is {spec.max_batch}, expected at least 1")
-    if spec.tensor_dtype == "bfloat16" and "onnxruntime" in spec.backends:
+    on_cpu = "onnxruntime" in spec.backends and spec.device == "cpu"
+    if spec.tensor_dtype == "bfloat16" and on_cpu:
         raise InvalidRequest(
             "ONNX Runtime's CPU provider lacks most bfloat16 kernels: "
             "build with --dtype float32, or for another --backend"
         )
+    if "onnxruntime" in spec.backends:
+        require_provider(spec.device)  # before the work, not after it
 
 
 def component_name(length: int) -> str:
@@ -143,7 +147,12 @@ def _builder(line: Line, backend: Backend) -> tuple[Callable[[Path, Path], objec
     if backend == "onnxruntime":
         from tokred_export.backends import onnxruntime
 
-        return onnxruntime.build, onnxruntime.folder_name()
+        device = line.spec.device
+
+        def optimise(onnx_path: Path, folder: Path) -> object:
+            return onnxruntime.build(onnx_path, folder, provider=device)
+
+        return optimise, onnxruntime.folder_name(device)
     from tokred_export.backends import tensorrt_rtx
 
     def build(onnx_path: Path, folder: Path) -> object:
@@ -179,13 +188,18 @@ def assembling(line: Line, out: Path, command: str, force: bool = False) -> Iter
 
 
 def line_of_bundle(
-    bundle: Bundle, model: str | None = None, cache: Cache | None = None, stage: Stage = silent
+    bundle: Bundle,
+    model: str | None = None,
+    cache: Cache | None = None,
+    stage: Stage = silent,
+    device: Device = "cpu",
 ) -> Line:
     """The line that made a bundle, to compare the bundle with what it was made from.
 
     Args:
         bundle: read from disk.
         model: where the checkpoint is now, if not where the bundle says.
+        device: that the bundle is run on.
 
     Raises:
         InvalidRequest: the checkpoint has other weights than the bundle's.
@@ -204,6 +218,7 @@ def line_of_bundle(
         dtype=first.dtype,
         logits=first.logits,
         chunk_size=first.chunk_size,
+        device=device,
     )
     line = start_line(spec, cache, stage)
     if line.checkpoint.weights_sha256 != made_from.weights_sha256:

@@ -6,7 +6,6 @@ Parity is measured first; where it fails, speed is refused, since a wrong engine
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 from tokred_export import pipeline
 from tokred_export.bundle import Bundle
 from tokred_export.disk import write_atomic
-from tokred_export.environment import environment
+from tokred_export.environment import environment, usable_cores
 from tokred_export.pipeline import Line
 from tokred_export.runtime.ort import OrtRunner, open_session
 from tokred_export.runtime.runner import open_runner
@@ -30,11 +29,6 @@ from tokred_export.verify.records import ParityRecord, SpeedRecord
 from tokred_export.verify.speed import Conditions, measure_speed
 
 BACKEND = "onnxruntime"
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_parity(
@@ -56,7 +50,7 @@ def measure_parity(
         schedule = bundle.manifest.spec.schedules[metadata.seq_len]
         with line.stage(f"parity {name}"):
             model = pipeline.eager(line, schedule, "float32")
-            runner = open_runner(bundle, name, BACKEND, "cpu", threads)
+            runner = open_runner(bundle, name, BACKEND, line.spec.device, threads)
             prompts = prompt_cases(
                 schedule, line.checkpoint.spec.vocab_size, min(metadata.max_batch, 2), thorough,
                 texts=sample_text(bundle, schedule.length),
@@ -69,7 +63,7 @@ def measure_parity(
                     )
                 )
     return ParityRecord(
-        backend=BACKEND,
+        backend=f"{BACKEND} ({line.spec.device.upper()})",
         baseline="eager PyTorch, float32, CPU",
         noise=noise_of(metadata.dtype),
         cases=tuple(cases),
@@ -151,8 +145,10 @@ def _full_prompts(line: Line, batch: int, length: int) -> np.ndarray:
 
 
 def store(folder: Path, name: str, records: object) -> None:
-    """Write records as ``reports/<name>.json``."""
+    """Write records as ``reports/<name>.json``, and where they were taken beside them."""
     (folder / "reports").mkdir(exist_ok=True)
+    found = msgspec.json.format(msgspec.json.encode(environment()), indent=1)
+    write_atomic(folder / "reports" / "environment.json", found)
     data = msgspec.json.format(msgspec.json.encode(records), indent=1)
     write_atomic(folder / "reports" / f"{name}.json", data)
 

@@ -157,6 +157,7 @@ class BuildSpec(Spec, kw_only=True):
     dtype: Dtype | None = None
     logits: Logits = "last"
     backends: tuple[Backend, ...] = ("onnxruntime",)
+    device: Literal["cpu", "cuda"] = "cpu"  # of onnxruntime
     # Chunk of the exported scan: 64 is the fastest in function bodies on CPUs (measured by
     # tools/bench_cpu.py), whatever chunk the checkpoint was trained with.
     chunk_size: int = 64

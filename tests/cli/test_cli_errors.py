@@ -148,6 +148,18 @@ def test_a_full_disk(capsys, model, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
 
 
+def test_no_gpu(capsys, model, tmp_path):
+    """Exit code 3 before any work is done."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has ONNX Runtime for CUDA")
+    said = failing(capsys, build(model, tmp_path / "out", "--device", "cuda"), 3)
+    assert "CUDA" in said
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
 def test_config_file(capsys, model, tmp_path):
     """Keys as the flags; a flag wins; an unknown key names the nearest."""
     config = tmp_path / "tokred.toml"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import tomllib
 
 from tokred_export.errors import InvalidRequest
 from tokred_export.units import parse_share, parse_size
@@ -50,6 +49,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     """Make the file's values the defaults of this verb's flags: a flag or variable still wins."""
     if path is None:
         return
+    import tomllib  # Python 3.11; the torch-free verbs run on 3.10
+
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

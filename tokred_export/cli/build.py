@@ -47,6 +47,10 @@ def command_line() -> str:
     type=click.Choice(["onnxruntime", "tensorrt-rtx"]), help="Engines to build.",
 )
 @click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="What onnxruntime runs on.",
+)
+@click.option(
     "--chunk-size", default=64, show_default=True, type=click.IntRange(1),
     help="Tokens a chunk of the exported scan.",
 )
@@ -72,6 +76,7 @@ def command(
     dtype: str | None,
     logits: str,
     backends: tuple[str, ...],
+    device: str,
     chunk_size: int,
     threads: int | None,
     no_verify: bool,
@@ -93,7 +98,7 @@ def command(
     _console.set_up(verbose, quiet)
     spec = BuildSpec(
         model=model, revision=revision, seq_lens=seq_lens, max_batch=max_batch, dtype=dtype,
-        logits=logits, backends=backends, chunk_size=chunk_size,
+        logits=logits, backends=backends, device=device, chunk_size=chunk_size,
         reduction=ReductionSpec(**reduction),
     )
     result = building.build(

@@ -24,6 +24,10 @@ from tokred_export.cli.build import command_line
 @click.option(
     "--stored", is_flag=True, help="Judge the stored record again instead of measuring anew."
 )
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="What onnxruntime runs on.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: all usable]")
 @shared_options
 def command(
@@ -33,6 +37,7 @@ def command(
     bisect: bool,
     junit: Path | None,
     stored: bool,
+    device: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -47,7 +52,7 @@ def command(
     _console.set_up(verbose, quiet)
     result = building.verify(
         bundle, model=model, command=command_line(), thorough=thorough, stored=stored,
-        threads=threads, junit=junit, bisect=bisect, stage=_console.Progress(quiet),
+        threads=threads, junit=junit, bisect=bisect, device=device, stage=_console.Progress(quiet),
     )
     if as_json:
         _console.print_json(result)

@@ -17,9 +17,8 @@ from tokred_plugins import onnx_ops as ops
 from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, OnnxOp
 
 _KINDS = {int: "INT", float: "FLOAT", str: "STRING"}
-_ANY = [
-    f"tensor({name})" for name in ("float", "float16", "bfloat16", "double", "int32", "int64", "bool")
-]
+_KINDS_OF_TENSOR = ("float", "float16", "bfloat16", "double", "int32", "int64", "bool")
+_ANY = [f"tensor({kind})" for kind in _KINDS_OF_TENSOR]
 
 
 def _node(op: OnnxOp) -> Callable:
