@@ -68,8 +68,13 @@ def main(
         cache = Cache(root=Path(folder, "stages"))
         line = pipeline.start_line(spec, cache, Progress(False))
         with pipeline.assembling(line, Path(folder, "measured"), "") as bundle:
+            command = (
+                f"python tools/bench_cpu.py --size {size} --reduce {target:.0%} --method {method} "
+                f"--seq-len {length} --threads {threads} --samples {samples} --seconds {seconds:g} "
+                f"--chunk-size {chunk_size}"
+            )
             (record,) = prove.measure_bundle_speed(
-                line, bundle, " ".join(["python", *sys.argv]), threads, samples, seconds
+                line, bundle, command, threads, samples, seconds
             )
     for latency in (*record.baselines, record.engine_dense, record.engine_reduced):
         click.echo(

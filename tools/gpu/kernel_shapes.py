@@ -1,0 +1,243 @@
+"""What the kernel benchmark runs: each op at the sizes of real models, with its floor.
+
+A floor is the fewest bytes (every input read once, every output written once) and the fewest
+matrix operations that give the op's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tokred_plugins import opset
+from tokred_plugins.kernels import Call, Spec, Tactic, torch_dtypes
+
+NO_LIMIT = 3.4e38
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of one Mamba-2 model; G is 1."""
+
+    name: str
+    width: int
+    heads: int
+    head_dim: int = 64
+    states: int = 128
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        return self.inner + 2 * self.states
+
+    @property
+    def columns(self) -> int:
+        return self.inner + self.channels + self.heads
+
+
+MODELS = {m.name: m for m in (Model("130m", 768, 24), Model("780m", 1536, 48),
+                              Model("2.7b", 2560, 80))}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size.
+
+    Attributes:
+        op: name in ``OpSet``.
+        inputs: spec of each tensor; None for an absent one.
+        attributes: what follows the tensors in the op's signature.
+        calls: takes the input specs, the attributes and ``tactics=``; returns the launches.
+        outputs: names of the op's results among what the launches write, in order.
+        operations: matrix operations of the floor.
+    """
+
+    op: str
+    inputs: dict[str, Spec | None]
+    attributes: tuple
+    calls: Callable[..., tuple[Call, ...]]
+    outputs: tuple[str, ...]
+    operations: float = 0.0
+    needed: float | None = None  # bytes of inputs, where not all of each tensor is read
+
+    def launches(self, tactics: dict[str, Tactic] | None = None, **options: int) -> tuple:
+        """The calls with these tactics."""
+        return self.calls(*self.inputs.values(), *self.kernel_attributes, tactics=tactics,
+                          **options)
+
+    @property
+    def kernel_attributes(self) -> tuple:
+        """The attributes without the eager op's chunk size, which the kernels do not take."""
+        if self.op != "ssd_scan":
+            return self.attributes
+        groups, states, _, low, high = self.attributes
+        return groups, states, low, high
+
+    def bytes(self) -> float:
+        """Fewest bytes moved."""
+        read = self.needed
+        if read is None:
+            read = sum(size(spec) for spec in self.inputs.values() if spec is not None)
+        written = {name: spec for call in self.launches() for name, spec in call.outputs.items()}
+        return read + sum(size(written[name]) for name in self.outputs)
+
+    def eager(self, tensors: dict) -> tuple[torch.Tensor, ...]:
+        """The op's plain PyTorch function."""
+        made = getattr(opset.PLAIN, self.op)(*tensors.values(), *self.attributes)
+        return made if isinstance(made, tuple) else (made,)
+
+
+def size(spec: Spec) -> int:
+    """Bytes of a tensor."""
+    width = torch_dtypes()[spec.dtype].itemsize
+    for n in spec.shape:
+        width *= n
+    return width
+
+
+def cases(
+    model: Model, batch: int, length: int, dtype: str, ops: set[str] | None = None
+) -> Iterator[Case]:
+    """All ops of one model at one size."""
+    sizes = (model, batch, length, dtype)
+    for case in (*layer_cases(*sizes), *site_cases(*sizes)):
+        if not ops or case.op in ops:
+            yield case
+
+
+def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
+    """What every layer runs."""
+    from tokred_plugins.add_rms_norm import kernel as add_norm
+    from tokred_plugins.causal_conv1d import kernel as conv
+    from tokred_plugins.gated_rms_norm import kernel as gated_norm
+    from tokred_plugins.ssd_scan import launches as scan
+
+    def wide(*shape: int) -> Spec:
+        return Spec(shape, "fp32")
+
+    def x(*shape: int) -> Spec:
+        return Spec(shape, dtype)
+
+    rows, two = batch * length, 2
+    pads = Spec((batch,), "i32")
+    packed = x(batch, length, m.columns)
+    yield Case(
+        "add_rms_norm",
+        {"hidden": x(batch, length, m.width), "residual": wide(batch, length, m.width),
+         "weight": x(m.width)},
+        (1e-5,), add_norm.calls, ("normed", "residual_out"),
+    )
+    yield Case(
+        "gated_rms_norm",
+        {"y": x(batch, length, m.inner), "zxbcdt": packed, "weight": x(m.inner)},
+        (m.inner, 1e-5, False), gated_norm.calls, ("out",), needed=rows * m.inner * 2 * two,
+    )
+    yield Case(
+        "causal_conv1d",
+        {"zxbcdt": packed, "weight": x(m.channels, 4), "bias": x(m.channels), "pads": pads},
+        (m.inner,), conv.calls, ("y", "state"), needed=rows * m.channels * two,
+    )
+    chunk = 64
+    per_token = m.heads * (2 * chunk * m.head_dim + 4 * m.states * m.head_dim)
+    yield Case(
+        "ssd_scan",
+        {"xbc": x(batch, length, m.channels), "zxbcdt": packed, "dt_bias": wide(m.heads),
+         "a_log": wide(m.heads), "d": wide(m.heads), "pads": pads, "initial_state": None},
+        (1, m.states, 256, 0.0, NO_LIMIT), scan.calls, ("y", "state"),
+        operations=rows * (per_token + 2.0 * chunk * m.states),
+        needed=rows * (m.channels + m.heads) * two,
+    )
+
+
+def site_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
+    """What one reduction site runs; a sixth of the tokens goes."""
+    from tokred_plugins.token_importance import kernel as importance
+    from tokred_plugins.token_link import kernel as link
+    from tokred_plugins.token_match import kernel as match
+    from tokred_plugins.token_reduce import kernel as reduce
+    from tokred_plugins.token_split import kernel as split
+
+    half, removed = length // 2, length // 6
+    other = length - half
+
+    def ints(*shape: int) -> Spec:
+        return Spec((batch, *shape), "i32")
+
+    hidden = Spec((batch, length, m.width), dtype)
+    pads = Spec((batch,), "i32")
+    yield Case(
+        "token_importance", {"y": Spec((batch, length, m.inner), dtype)}, (),
+        importance.calls, ("scores",),
+    )
+    yield Case(
+        "token_split", {"scores": Spec((batch, length), "fp32"), "pads": pads}, (half, 1),
+        split.calls, ("lower", "upper"),
+    )
+    yield Case(
+        "token_match", {"hidden": hidden, "lower": ints(half), "upper": ints(other)}, (),
+        match.calls, ("similarity", "target"), operations=2.0 * batch * half * other * m.width,
+    )
+    yield Case(
+        "token_link",
+        {"similarity": Spec((batch, half), "fp32"), "target": ints(half), "lower": ints(half),
+         "upper": ints(other), "pads": pads},
+        (removed, 500), link.calls, ("src", "dst", "merge", "keep"),
+    )
+    yield Case(
+        "token_reduce",
+        {"hidden": hidden, "residual": Spec((batch, length, m.width), "fp32"),
+         "keep": ints(length - removed), "src": ints(removed), "dst": ints(removed),
+         "merge": Spec((batch, removed), "i1")},
+        (), reduce.calls, ("hidden_out", "residual_out"),
+    )
+
+
+def tensors(case: Case, seed: int) -> dict[str, torch.Tensor | None]:
+    """Random inputs of a case on the GPU: values as a trained model has them in size."""
+    random = torch.Generator("cuda").manual_seed(seed)
+    dtypes = torch_dtypes()
+    made: dict[str, torch.Tensor | None] = {}
+    for name, spec in case.inputs.items():
+        if spec is None:
+            made[name] = None
+        elif spec.dtype in ("i32", "i1"):
+            made[name] = torch.zeros(spec.shape, dtype=dtypes[spec.dtype], device="cuda")
+        else:
+            values = torch.randn(spec.shape, generator=random, device="cuda")
+            made[name] = values.to(dtypes[spec.dtype])
+    if case.op == "ssd_scan":  # dt around 0.01 to 0.1, A from -1 to -16
+        made["dt_bias"].uniform_(-4.6, -2.3, generator=random)
+        made["a_log"].uniform_(0.0, 2.77, generator=random)
+    if "lower" in made:
+        _fill_split(made, random)
+    if "keep" in made:
+        _fill_choice(made, random)
+    return made
+
+
+def _fill_split(made: dict, random: torch.Generator) -> None:
+    batch, half = made["lower"].shape
+    other = made["upper"].shape[1]
+    order = torch.rand(batch, half + other, generator=random, device="cuda").argsort(dim=1)
+    made["lower"] = order[:, :half].sort(dim=1).values.int()
+    made["upper"] = order[:, half:].sort(dim=1).values.int()
+    if "target" in made:
+        best = torch.randint(other, (batch, half), generator=random, device="cuda")
+        made["target"] = made["upper"].gather(1, best)
+        made["similarity"] = made["similarity"].clamp(-1, 1)
+
+
+def _fill_choice(made: dict, random: torch.Generator) -> None:
+    batch, removed = made["src"].shape
+    kept = made["keep"].shape[1]
+    order = torch.rand(batch, removed + kept, generator=random, device="cuda").argsort(dim=1)
+    made["src"] = order[:, :removed].sort(dim=1).values.int()
+    made["keep"] = order[:, removed:].sort(dim=1).values.int()
+    # A third as many targets as sources: some have several.
+    best = torch.randint(max(removed // 3, 1), (batch, removed), generator=random, device="cuda")
+    made["dst"] = made["keep"].gather(1, best * 3 % kept)
+    made["merge"] = torch.rand(batch, removed, generator=random, device="cuda") < 0.5
