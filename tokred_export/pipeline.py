@@ -21,7 +21,7 @@ from tokred_export.backends.common import read_engines, write_engine
 from tokred_export.bundle import Bundle, read_bundle, write_manifest, writing_bundle
 from tokred_export.cache import Cache, stage_key
 from tokred_export.checkpoint import DEMO_SOURCE, Checkpoint, build_model, load_checkpoint
-from tokred_export.errors import InvalidRequest
+from tokred_export.errors import EnvironmentUnable, InvalidRequest
 from tokred_export.export import OPSET, export_prefill
 from tokred_export.manifest import (
     BundleSpec,
@@ -34,7 +34,7 @@ from tokred_export.manifest import (
 from tokred_export.model import Mamba2
 from tokred_export.reduction.schedule import solve_schedule
 from tokred_export.runtime.ort import Device, require_provider
-from tokred_export.specs import Backend, BuildSpec, Dtype, ReductionSchedule
+from tokred_export.specs import Backend, BuildSpec, Dtype, ModelSpec, ReductionSchedule
 
 Stage = Callable[[str], AbstractContextManager[None]]
 
@@ -82,6 +82,12 @@ def _check_request(spec: BuildSpec) -> None:
         )
     if "onnxruntime" in spec.backends:
         require_provider(spec.device)  # before the work, not after it
+    if "tensorrt-rtx" in spec.backends:
+        from tokred_export.backends import tensorrt_rtx
+
+        found = tensorrt_rtx.available()
+        if not found.can_build:
+            raise EnvironmentUnable(f"the backend tensorrt-rtx cannot build here: {found.reason}")
 
 
 def component_name(length: int) -> str:
@@ -202,7 +208,8 @@ def line_of_bundle(
         device: that the bundle is run on.
 
     Raises:
-        InvalidRequest: the checkpoint has other weights than the bundle's.
+        InvalidRequest: the checkpoint is gone, or has other weights or another config than the
+            bundle's.
         TokredError: as :func:`start_line`.
     """
     manifest = bundle.manifest
@@ -220,6 +227,11 @@ def line_of_bundle(
         chunk_size=first.chunk_size,
         device=device,
     )
+    if model is None and Path(source or "").is_absolute() and not Path(source).is_dir():
+        raise InvalidRequest(
+            f"the bundle was built from {source}, which is not there any more: name the folder "
+            "where the checkpoint is now with --model"
+        )
     line = start_line(spec, cache, stage)
     if line.checkpoint.weights_sha256 != made_from.weights_sha256:
         raise InvalidRequest(
@@ -227,7 +239,19 @@ def line_of_bundle(
             f"({line.checkpoint.weights_sha256[:12]}, expected {made_from.weights_sha256[:12]}): "
             "name the right checkpoint with --model"
         )
+    if line.checkpoint.spec != manifest.spec.model:
+        raise InvalidRequest(
+            f"{spec.model or 'the demo model'} has the bundle's weights, but its config.json says "
+            f"{_differences(line.checkpoint.spec, manifest.spec.model)}: restore it, or build the "
+            "bundle again"
+        )
     return line
+
+
+def _differences(found: ModelSpec, expected: ModelSpec) -> str:
+    """The fields in which two specs differ, in words."""
+    fields = ((f, getattr(found, f), getattr(expected, f)) for f in ModelSpec.__struct_fields__)
+    return ", ".join(f"{name} {now}, expected {then}" for name, now, then in fields if now != then)
 
 
 def _add_engine(source: Path, engines: Path) -> None:

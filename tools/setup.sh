@@ -14,3 +14,9 @@ pip -e ".[cpu,dev]"
 if ! pip -e ".[rtx]"; then
     echo "setup: the TensorRT-RTX wheel does not install here; its backend stays unavailable" >&2
 fi
+# The torch-free runtime must import on Python 3.10 too; its test runs where one is at hand
+# (PYENV_VERSION picks it on machines with pyenv, and means nothing elsewhere).
+old=.venv310
+if [ ! -x "$old/bin/python" ] && PYENV_VERSION=3.10 python3.10 -m venv "$old" 2>/dev/null; then
+    "$old/bin/python" -m pip --disable-pip-version-check install --quiet numpy msgspec
+fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import sys
 import time
 import warnings
@@ -13,6 +14,8 @@ import msgspec
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+
+_UNFOLDED = 1000  # columns, more than any table here has
 
 # Rich itself honours NO_COLOR and drops colours where the stream is no terminal.
 out = Console(soft_wrap=True, highlight=False)
@@ -64,9 +67,15 @@ def table(title: str, columns: list[str], rows: list[list[object]]) -> None:
         shown.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         shown.add_row(*(str(cell) for cell in row))
-    out.print(shown)
+    # A terminal folds a wide table; in a pipe or a file names must not be cut off.
+    out.print(shown, width=None if out.is_terminal else _UNFOLDED)
 
 
 def print_json(value: object) -> None:
     """The one JSON object of ``--json``."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def command_line() -> str:
+    """What was typed, for records: the program by its name, whatever started it."""
+    return shlex.join(["tokred-export", *sys.argv[1:]])

@@ -69,8 +69,23 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
             raise click.BadParameter(f"{path} has an unknown key {key!r}{hint}", ctx, param)
-        defaults[option.name] = value
+        defaults[option.name] = _as_typed(option, value, path, key)
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _as_typed(option: click.Parameter, value: object, path: Path, key: str) -> object:
+    """A value of the file as one would type it, so that the flag's own parser judges it."""
+    is_flag = getattr(option, "is_flag", False)
+    items = value if isinstance(value, list) else [value]
+    several = option.multiple if isinstance(option, click.Option) else False
+    if is_flag and isinstance(value, bool):
+        return value
+    plain = all(type(item) in (str, int, float) for item in items)
+    if is_flag or not plain or (len(items) != 1 and not several and option.type is not SITES):
+        expected = "true or false" if is_flag else "a list" if several else "one text or number"
+        raise click.BadParameter(f"{path} has {key} = {value!r}, expected {expected}", param=option)
+    texts = [str(item) for item in items]
+    return texts if several else ",".join(texts)
 
 
 def shared_options(command: Callable) -> Callable:

@@ -8,7 +8,6 @@ import click
 
 from tokred_export.cli import _console
 from tokred_export.cli._options import shared_options
-from tokred_export.cli.build import command_line
 
 
 @click.command()
@@ -46,7 +45,7 @@ def command(
 
     _console.set_up(verbose, quiet)
     result = building.bench(
-        bundle, model=model, command=command_line(), batch=batch, samples=samples,
+        bundle, model=model, command=_console.command_line(), batch=batch, samples=samples,
         max_seconds=seconds, threads=threads, min_speedup=min_speedup,
         stage=_console.Progress(quiet),
     )

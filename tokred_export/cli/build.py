@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 import click
@@ -11,11 +9,6 @@ import click
 from tokred_export.cli import _console
 from tokred_export.cli._options import SIZE, reduction_options, shared_options
 from tokred_export.specs import BuildSpec, ReductionSpec
-
-
-def command_line() -> str:
-    """What was typed, for records: the program by its name, whatever started it."""
-    return shlex.join(["tokred-export", *sys.argv[1:]])
 
 
 @click.command()
@@ -102,7 +95,7 @@ def command(
         reduction=ReductionSpec(**reduction),
     )
     result = building.build(
-        spec, out, command=command_line(), force=force, threads=threads,
+        spec, out, command=_console.command_line(), force=force, threads=threads,
         parity=not no_verify, speed=not (no_verify or no_bench), bench_seconds=bench_seconds,
         min_speedup=min_speedup, stage=_console.Progress(quiet),
     )

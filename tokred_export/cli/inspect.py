@@ -17,6 +17,7 @@ def command(bundle: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Show what is in a bundle, and check the hash of every file. Needs no torch."""
     from tokred_export.backends.common import read_engines
     from tokred_export.bundle import read_bundle, verify_files
+    from tokred_export.manifest import describe_reduction
     from tokred_export.runtime.runner import engine_folders
 
     _console.set_up(verbose, quiet)
@@ -30,7 +31,7 @@ def command(bundle: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
     _console.out.print(
         f"{bundle}: {source.model_source}, weights {source.weights_sha256[:12]}, "
         f"built {source.created} by tokred-export {source.tool_version}\n"
-        f"reduction: {manifest.spec.reduction.method}, target {manifest.spec.reduction.target:.0%}",
+        f"reduction: {describe_reduction(manifest.spec.reduction)}",
         markup=False,
     )
     _console.table(

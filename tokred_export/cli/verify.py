@@ -8,7 +8,6 @@ import click
 
 from tokred_export.cli import _console
 from tokred_export.cli._options import shared_options
-from tokred_export.cli.build import command_line
 
 
 @click.command()
@@ -51,7 +50,7 @@ def command(
 
     _console.set_up(verbose, quiet)
     result = building.verify(
-        bundle, model=model, command=command_line(), thorough=thorough, stored=stored,
+        bundle, model=model, command=_console.command_line(), thorough=thorough, stored=stored,
         threads=threads, junit=junit, bisect=bisect, device=device, stage=_console.Progress(quiet),
     )
     if as_json:
