@@ -116,6 +116,10 @@ def transformers_model(model: Mamba2, chunk: int) -> Mamba2ForCausalLM:
         ImportError: no transformers with Mamba-2.
     """
     from transformers import Mamba2Config, Mamba2ForCausalLM
+    from transformers.utils import logging
+
+    # On the CPU its PyTorch code is all it has; that CUDA kernels are missing is no news there.
+    logging.get_logger("transformers").setLevel("ERROR")
 
     spec = model.spec
     config = Mamba2Config(
