@@ -24,6 +24,7 @@ from tokred_export.manifest import (
     ComponentMetadata,
     Manifest,
     decode_io,
+    describe_reduction,
     make_provenance,
     prefill_io,
 )
@@ -116,6 +117,36 @@ def test_manifest_contradictions(io, said):
     fields = msgspec.structs.asdict(manifest())
     with pytest.raises(ValueError, match=said):
         Manifest(**fields | {"io": io})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"components": {}, "io": {}}, "no components"),
+        ({"schedules": {}}, "no schedule that fits prefill prefill-8"),
+        ({"schedules": {8: ReductionSchedule(method="none", length=8)}}, "no schedule that fits"),
+    ],
+)
+def test_manifest_without_what_a_proof_needs(changes, said):
+    """A manifest without a graph, or without the schedule of one, is refused when made."""
+    fields = msgspec.structs.asdict(manifest())
+    if "schedules" in changes:
+        changes = {"spec": msgspec.structs.replace(fields["spec"], **changes)}
+    with pytest.raises(ValueError, match=said):
+        Manifest(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"target": 0.125}, "utrc 12.5%"),
+        ({"keep_ratio": 0.9, "method": "evit"}, "evit, every site keeps 0.9"),
+        ({"method": "none"}, "none"),
+    ],
+)
+def test_a_reduction_in_words(asked, said):
+    """What was asked for is told, not the default beside it."""
+    assert describe_reduction(ReductionSpec(**asked)) == said
 
 
 def test_failing_block_leaves_nothing(tmp_path):

@@ -16,7 +16,9 @@ import msgspec
 from tokred_export import pipeline, prove
 from tokred_export.backends.common import EngineInfo, read_engines
 from tokred_export.bundle import Bundle, read_bundle, update_files, verify_files
+from tokred_export.disk import clear_disk_errors
 from tokred_export.errors import BundleError, GateFailed, InvalidRequest
+from tokred_export.manifest import describe_reduction
 from tokred_export.pipeline import Stage, silent
 from tokred_export.reduction.schedule import plan_rows
 from tokred_export.report.model import Bucket, JudgedParity, JudgedSpeed, Missing, Report
@@ -68,10 +70,13 @@ def build(
     the exit code is then 1 and its pages say so.
 
     Raises:
+        InvalidRequest: ``min_speedup`` where no speed will be measured.
         TokredError: as :func:`pipeline.start_line` and :func:`pipeline.assembling`.
     """
-    line = pipeline.start_line(spec, stage=stage)
     prove_parity = parity and prove.BACKEND in spec.backends
+    if min_speedup is not None:
+        _require_speed(speed and prove_parity and spec.device == "cpu")
+    line = pipeline.start_line(spec, stage=stage)
     with pipeline.assembling(line, out, command, force) as bundle:
         verdict, refused = None, None
         if prove_parity:
@@ -105,11 +110,23 @@ def verify(
     """Measure parity anew (or take the stored record), judge it, and store it.
 
     Raises:
-        InvalidRequest: ``stored``, but no record is stored.
+        InvalidRequest: ``stored``, but no record is stored, or with flags for measuring; or no
+            folder for ``junit``.
         TokredError: as :func:`read_bundle`, :func:`verify_files`, :func:`pipeline.start_line`.
     """
+    if junit is not None and not junit.absolute().parent.is_dir():
+        raise InvalidRequest(
+            f"there is no folder {junit.absolute().parent} for the JUnit file: make it first"
+        )
+    if stored and (thorough or model is not None or device != "cpu"):
+        raise InvalidRequest(
+            "--stored judges what was measured before, so that --thorough, --model and --device "
+            "mean nothing beside it: leave them out, or leave out --stored"
+        )
     bundle = read_bundle(path)
-    verify_files(bundle)
+    # What is about to be measured and written anew need not be whole: a run killed between the
+    # record and the manifest is repaired by the next one.
+    verify_files(bundle, skip=() if stored else ("reports/",))
     if stored:
         record = _stored_parity(bundle)
         if record is None:
@@ -124,7 +141,8 @@ def verify(
         bundle = update_files(path)
     tolerance = tolerance_for(_dtype(bundle))
     if junit is not None:
-        write_junit(junit, record, tolerance)
+        with clear_disk_errors(junit, writable=True):
+            write_junit(junit, record, tolerance)
     result = _result(bundle, None, None, with_speed=False)
     return msgspec.structs.replace(
         result, divergence=tuple(_divergences(bundle, record)) if bisect else ()
@@ -188,6 +206,15 @@ def write_report(path: Path) -> list[Path]:
     return pages
 
 
+def _require_speed(measured: bool) -> None:
+    """A gate that nothing goes through would look like one that held."""
+    if not measured:
+        raise InvalidRequest(
+            "--min-speedup was given, but no speed will be measured: it needs the backend "
+            "onnxruntime on the device cpu, and neither --no-verify nor --no-bench"
+        )
+
+
 def _refusal(verdict: Verdict | None, device: str) -> str | None:
     """Why speed is not measured, if so."""
     if device != "cpu":
@@ -247,7 +274,11 @@ def _write_pages(bundle: Bundle, refused: str | None, min_speedup: float | None)
         if parity
         else ()
     )
-    timed = tuple(JudgedSpeed(record=r, verdict=judge_speed(r, min_speedup)) for r in speed)
+    # A speed from before, when parity held, is not shown beside a parity that fails.
+    refused = refused or _refusal(judged[0].verdict if judged else None, "cpu")
+    timed = tuple(
+        JudgedSpeed(record=r, verdict=judge_speed(r, min_speedup)) for r in speed if not refused
+    )
     manifest = bundle.manifest
     missing = []
     if not judged:
@@ -256,7 +287,7 @@ def _write_pages(bundle: Bundle, refused: str | None, min_speedup: float | None)
         missing.append(Missing(what="Speed", why=refused or "not measured"))
     report = Report(
         title=f"{Path(manifest.provenance.model_source).name}, "
-        f"{manifest.spec.reduction.method} {manifest.spec.reduction.target:.0%}",
+        f"{describe_reduction(manifest.spec.reduction)}",
         verdict=_overall(judged, timed),
         model=manifest.spec.model,
         buckets=tuple(
@@ -302,7 +333,7 @@ def parity_summary(result: Result) -> Iterator[str]:
         return
     cases = result.parity.cases
     outcome, baseline = result.parity_verdict.outcome, result.parity.baseline
-    yield f"parity: {outcome}, {len(cases)} cases against {baseline}"
+    yield f"parity: {outcome}, {len(cases)} cases of {result.parity.backend} against {baseline}"
     for kind in ("logits", "conv_state", "ssm_state"):
         errors = [
             (t.rel_l2, t.noise_rel_l2)

@@ -127,7 +127,7 @@ def read_bundle(path: Path) -> Bundle:
                              "`tokred-export build -o` wrote")
     try:
         data = (path / MANIFEST).read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise BundleError(f"{path} has no {MANIFEST}, so it is not a bundle: name the folder that "
                           "`tokred-export build -o` wrote") from error
     manifest = _decode(path, data)
@@ -150,9 +150,12 @@ def verify_files(bundle: Bundle, skip: tuple[str, ...] = ()) -> None:
     """
     records = {n: r for n, r in bundle.manifest.files.items() if not n.startswith(skip)}
     damage = next(find_damage(bundle.path, records), None)
-    if damage is not None:
-        raise BundleError(f"{bundle.path}: {damage}: copy the whole bundle again, or "
-                          f"{rebuild_hint(bundle.manifest)}")
+    if damage is None:
+        return
+    remedy = rebuild_hint(bundle.manifest)
+    if damage.startswith("reports/"):  # these can be made anew
+        remedy = f"measure again with `tokred-export verify {bundle.path}`"
+    raise BundleError(f"{bundle.path}: {damage}: copy the whole bundle again, or {remedy}")
 
 
 def rebuild_hint(manifest: Manifest) -> str:
@@ -218,7 +221,7 @@ def _looks_like_bundle(folder: Path) -> bool:
     """Whether ``folder`` holds a manifest of this format, of whatever version."""
     try:
         head = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Head)
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, IsADirectoryError, msgspec.MsgspecError):
         return False
     return head.export_format == EXPORT_FORMAT
 

@@ -124,6 +124,8 @@ class Manifest(Spec, kw_only=True):
     files: dict[str, FileRecord] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.components:
+            raise ValueError("there are no components")
         if self.components.keys() != self.io.keys():
             raise ValueError(
                 f"io describes {sorted(self.io)}, but the components are {sorted(self.components)}"
@@ -136,8 +138,22 @@ class Manifest(Spec, kw_only=True):
             if (len(io.conv_states), len(io.ssm_states)) != (layers, layers):
                 raise ValueError(f"io of {name} must name one state for each of {layers} layers")
             needed = (component.metadata.seq_len, io.input_ids, io.prompt_len, io.kept_positions)
-            if component.metadata.phase == "prefill" and None in needed:
+            if component.metadata.phase != "prefill":
+                continue
+            if None in needed:
                 raise ValueError(f"prefill {name} lacks seq_len or a name in its I/O map")
+            schedule = self.spec.schedules.get(component.metadata.seq_len)
+            if schedule is None or tuple(site.layer for site in schedule.sites) != sites:
+                raise ValueError(f"the spec has no schedule that fits prefill {name}")
+
+
+def describe_reduction(reduction: ReductionSpec) -> str:
+    """What was asked for, as a person would say it: ``utrc 20%``."""
+    if reduction.method == "none":
+        return "none"
+    if reduction.keep_ratio is not None:
+        return f"{reduction.method}, every site keeps {reduction.keep_ratio:g}"
+    return f"{reduction.method} {100 * reduction.target:g}%"
 
 
 def prefill_io(n_layer: int, n_sites: int) -> ComponentIO:

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 
 from tokred_export import pipeline
 from tokred_export.bundle import Bundle
-from tokred_export.disk import write_atomic
+from tokred_export.disk import clear_disk_errors, write_atomic
 from tokred_export.environment import environment, usable_cores
+from tokred_export.errors import BundleError, CheckpointError
 from tokred_export.pipeline import Line
 from tokred_export.runtime.ort import OrtRunner, open_session
 from tokred_export.runtime.runner import open_runner
@@ -44,13 +45,14 @@ def measure_parity(
         threads: of the engine and of eager.
     """
     torch.set_num_threads(threads or usable_cores())
-    cases = []
+    cases, itself = [], False
     for name, component in bundle.manifest.components.items():
         metadata = component.metadata
         schedule = bundle.manifest.spec.schedules[metadata.seq_len]
         with line.stage(f"parity {name}"):
             model = pipeline.eager(line, schedule, "float32")
             runner = open_runner(bundle, name, BACKEND, line.spec.device, threads)
+            itself = itself or runner.source.parent == bundle.path
             prompts = prompt_cases(
                 schedule, line.checkpoint.spec.vocab_size, min(metadata.max_batch, 2), thorough,
                 texts=sample_text(bundle, schedule.length),
@@ -63,7 +65,9 @@ def measure_parity(
                     )
                 )
     return ParityRecord(
-        backend=f"{BACKEND} ({line.spec.device.upper()})",
+        # No engine of the bundle fits here, or it has none: the record says what was run instead.
+        backend=f"{BACKEND} ({line.spec.device.upper()})"
+        + (", the ONNX file itself" if itself else ""),
         baseline="eager PyTorch, float32, CPU",
         noise=noise_of(metadata.dtype),
         cases=tuple(cases),
@@ -76,13 +80,28 @@ def sample_text(bundle: Bundle, length: int) -> list[list[int]]:
     """Token ids of a text that every machine has: Python's own source of argparse.
 
     Empty where the bundle has no tokenizer, as checkpoints of random weights have none.
+
+    Raises:
+        CheckpointError: the tokenizer is damaged, or of another model.
     """
     path = bundle.path / "tokenizer.json"
     if not path.is_file():
         return []
     text = Path(argparse.__file__).read_text(encoding="utf-8")
-    ids = Tokenizer.from_file(str(path)).encode(text).ids
-    return [ids[:length]]
+    try:
+        ids = Tokenizer.from_file(str(path)).encode(text).ids[:length]
+    except Exception as error:  # the library raises this very class
+        raise CheckpointError(
+            f"the checkpoint's tokenizer.json cannot be used ({error}): download it again, or "
+            "remove it to be verified on random ids only"
+        ) from error
+    known = bundle.manifest.spec.model.vocab_size
+    if max(ids, default=0) >= known:
+        raise CheckpointError(
+            f"the checkpoint's tokenizer.json gives a text the id {max(ids)}, expected 0 to "
+            f"{known - 1}, which the model knows: it is of another model, replace or remove it"
+        )
+    return [ids] if ids else []
 
 
 def measure_bundle_speed(
@@ -145,15 +164,33 @@ def _full_prompts(line: Line, batch: int, length: int) -> np.ndarray:
 
 
 def store(folder: Path, name: str, records: object) -> None:
-    """Write records as ``reports/<name>.json``, and where they were taken beside them."""
-    (folder / "reports").mkdir(exist_ok=True)
+    """Write records as ``reports/<name>.json``, and where they were taken beside them.
+
+    Raises:
+        EnvironmentUnable: the folder cannot be written, or the disk is full.
+    """
     found = msgspec.json.format(msgspec.json.encode(environment()), indent=1)
-    write_atomic(folder / "reports" / "environment.json", found)
     data = msgspec.json.format(msgspec.json.encode(records), indent=1)
-    write_atomic(folder / "reports" / f"{name}.json", data)
+    with clear_disk_errors(folder, writable=True):
+        (folder / "reports").mkdir(exist_ok=True)
+        write_atomic(folder / "reports" / "environment.json", found)
+        write_atomic(folder / "reports" / f"{name}.json", data)
 
 
 def load(bundle: Bundle, name: str, kind: type) -> Sequence | None:
-    """Records of ``reports/<name>.json``, or None if there are none."""
+    """Records of ``reports/<name>.json``, or None if there are none.
+
+    Raises:
+        BundleError: the file holds something else, such as records of another version.
+    """
     path = bundle.path / "reports" / f"{name}.json"
-    return msgspec.json.decode(path.read_bytes(), type=kind) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except msgspec.MsgspecError as error:
+        verb = "bench" if name == "speed" else "verify"
+        raise BundleError(
+            f"{path} cannot be read ({error}), expected records of this version of the tool: "
+            f"remove it, then measure again with `tokred-export {verb} {bundle.path}`"
+        ) from error

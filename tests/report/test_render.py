@@ -430,7 +430,7 @@ def test_the_worst_tensor_is_the_one_nearest_its_limit():
     assert worst["conv state"].failed == 0
     assert worst["SSM state"].worst.tensor.name == "present.ssm_state.0"
     assert worst["SSM state"].failed == 1
-    assert worst["logits"].rule == "3\N{MULTIPLICATION SIGN} the noise floor"
+    assert worst["logits"].rule == "3\N{MULTIPLICATION SIGN} the noise floor up to 0.3"
     assert worst["logits"].worst.limit == pytest.approx(3e-3)
 
 

@@ -173,6 +173,16 @@ def test_engine_that_does_not_fit(tmp_path, caplog, change, said):
         Session.open(tmp_path / "out", engine="require")
 
 
+@pytest.mark.parametrize("name", ["unlisted.onnx", "../../../elsewhere.onnx"])
+def test_engine_file_that_the_bundle_does_not_list(tmp_path, name):
+    """Nobody vouches for the content of a file without a hash, wherever it lies."""
+    folder = with_engine(tmp_path / "out")
+    edit_engine(folder, file=name)
+    (folder / name).write_bytes((folder / "prefill-4.onnx").read_bytes())
+    with pytest.raises(BundleError, match="which the bundle does not list"):
+        Session.open(tmp_path / "out")
+
+
 def test_bundle_without_engine(bundle, caplog):
     """No engine at all is normal, and only an error when one is required."""
     with caplog.at_level(logging.WARNING):

@@ -255,6 +255,10 @@ BROKEN = {
         {"kept_positions": lambda found: found["kept_positions"].astype(np.int64)},
         "kept_positions is int64, expected int32",
     ),
+    "state in 16 bit": (
+        {"present__ssm_state__0": lambda found: found["present.ssm_state.0"].astype(np.float16)},
+        "present.ssm_state.0 is float16, expected float32",
+    ),
     "missing choice": ({"choice__merge__0": None}, "choice.merge.0 is missing"),
     "outside": (
         {"choice__src__1": put(30, 0, -1, "choice.src.1")},

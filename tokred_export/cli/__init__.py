@@ -7,6 +7,7 @@ build failed, 5 inconclusive, 70 internal error.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -80,7 +81,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             "error: out of memory; a float32 build needs about eight times the size of the "
             "float16 weights: use a machine with more, or a smaller model", 3,
         )
-    except BrokenPipeError:
+    # Rich and Click make of a broken pipe an exit with 1, which would read as "a gate failed".
+    except (BrokenPipeError, SystemExit):
+        # What is still in the buffer would raise once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as the shell reports a reader that went away
     except Exception:  # noqa: BLE001  Python's own exit code 1 would read as "a gate failed"
         traceback.print_exc()

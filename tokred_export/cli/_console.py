@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-_UNFOLDED = 1000  # columns, more than any table here has
-
 # Rich itself honours NO_COLOR and drops colours where the stream is no terminal.
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+# A terminal folds a wide table; in a pipe or a file names must not be cut off.
+_unfolded = Console(width=1000, highlight=False)
 
 
 def set_up(verbose: bool, quiet: bool) -> None:
@@ -67,13 +67,13 @@ def table(title: str, columns: list[str], rows: list[list[object]]) -> None:
         shown.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         shown.add_row(*(str(cell) for cell in row))
-    # A terminal folds a wide table; in a pipe or a file names must not be cut off.
-    out.print(shown, width=None if out.is_terminal else _UNFOLDED)
+    (out if out.is_terminal else _unfolded).print(shown)
 
 
 def print_json(value: object) -> None:
     """The one JSON object of ``--json``."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+    sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends
 
 
 def command_line() -> str:

@@ -209,7 +209,8 @@ def _rule(limit: Limit) -> str:
     if limit.rel_l2:
         parts.append(sci(limit.rel_l2))
     if limit.noise_multiple:
-        parts.append(f"{limit.noise_multiple:g}{times(1)[-1]} the noise floor")
+        times_noise = f"{limit.noise_multiple:g}{times(1)[-1]} the noise floor"
+        parts.append(f"{times_noise} up to {limit.most:g}")
     return " or ".join(parts) + (", the larger" if len(parts) == 2 else "") or "must be equal"
 
 

@@ -90,6 +90,17 @@ def engine_misfit(info: EngineInfo, bundle: Bundle, version: str, device: str) -
     return None
 
 
+def _engine_file(bundle: Bundle, folder: str, info: EngineInfo) -> Path:
+    """The file to load, which like all of the engine must be one that the manifest vouches for."""
+    for name in (info.file, *info.files):
+        if f"{folder}/{name}" not in bundle.manifest.files:
+            raise BundleError(
+                f"{folder}/{ENGINE_FILE} names the file {name!r}, which the bundle does not list: "
+                f"do not use it; {rebuild_hint(bundle.manifest)}"
+            )
+    return bundle.path / folder / info.file
+
+
 def _find_engine(
     bundle: Bundle, component: str, device: Device, engine: EngineUse
 ) -> Path | None:
@@ -102,7 +113,7 @@ def _find_engine(
             continue
         misfit = engine_misfit(info, bundle, version, device)
         if misfit is None:
-            return bundle.path / folder / info.file
+            return _engine_file(bundle, folder, info)
         misfits.append(f"{folder} {misfit}")
     found = "; ".join(misfits) or f"the bundle has none for {component}"
     if engine == "require":

@@ -19,10 +19,12 @@ class Limit(Spec, kw_only=True):
     reason: str
     rel_l2: float = 0.0
     noise_multiple: float = 0.0  # of the tensor's own noise floor; the larger of both counts
+    # Never more than this: zeros in place of a tensor are off by 1, however large the noise.
+    most: float = 0.3
 
     def of(self, comparison: Comparison) -> float:
         """The limit for one tensor."""
-        return max(self.rel_l2, self.noise_multiple * comparison.noise_rel_l2)
+        return min(max(self.rel_l2, self.noise_multiple * comparison.noise_rel_l2), self.most)
 
 
 class Tolerance(Spec, kw_only=True):

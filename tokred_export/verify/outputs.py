@@ -61,14 +61,16 @@ def _malformed(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> s
         return "is missing"
     if array.shape != shape:
         return f"has shape {list(array.shape)}, expected {list(shape)}"
-    dtype = _integer_dtype(name)
+    dtype = _exact_dtype(name)
     if dtype is not None and array.dtype != dtype:
         return f"is {array.dtype}, expected {dtype}"
     return None
 
 
-def _integer_dtype(name: str) -> np.dtype | None:
-    """The exact dtype of an output that is no float."""
+def _exact_dtype(name: str) -> np.dtype | None:
+    """The dtype of an output that has the same one in every precision."""
+    if name.startswith("present.ssm_state."):
+        return np.dtype(np.float32)
     if name.startswith("choice.merge."):
         return np.dtype(bool)
     if name == "kept_positions" or name.startswith("choice."):
