@@ -10,6 +10,7 @@ bandwidth and matrix rate, measured first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -36,7 +37,8 @@ def copy_bandwidth() -> float:
     """Bytes a second of a large device copy, read plus written."""
     a = torch.randn(1 << 29, device="cuda")
     b = torch.empty_like(a)
-    seconds = time_graph(lambda: b.copy_(a), 1)
+    # An arithmetic kernel: a graph would turn copy_ into a slower memory-copy node.
+    seconds = time_graph(lambda: torch.neg(a, out=b), 1)
     return 2 * a.numel() * 4 / seconds
 
 
@@ -176,7 +178,7 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
         show(entry)
 
     calls = case.launches()
-    record(calls, "*", "default", None)
+    record(calls, "*", "; ".join(f"{c.kernel.name} {c.tactic}" for c in calls), None)
     if len(calls) > 1:
         for call in calls:
             record(calls, call.kernel.name, str(call.tactic), call.kernel.name)
@@ -249,7 +251,39 @@ def show(entry: dict) -> None:
         f"  err {entry.get('error', 0):.1e}"
     )
     segments = f" segments={entry['segments']}" if "segments" in entry else ""
-    print(f"{name:22} {what:26} {entry['tactic'] + segments:58} {result}", flush=True)
+    tactic = "default" if entry["kernel"] == "*" else entry["tactic"]
+    print(f"{name:22} {what:26} {tactic + segments:58} {result}", flush=True)
+
+
+def result_lines(report: dict) -> list[str]:
+    """One line of JSON for each op with its default tactics, as docs/results keeps them."""
+    lines = []
+    for r in report["records"]:
+        if r["kernel"] != "*" or r["wrong"]:
+            continue
+        sizes = {k: r[k] for k in ("op", "model", "batch", "length", "dtype")}
+        mamba = [m["us"] for m in report["records"] if m["kernel"] == "mamba_chunk_scan_combined"
+                 and all(m[k] == v for k, v in sizes.items())]
+        line = {**sizes, "tactic": r["tactic"], "median_us": round(r["us"], 2),
+                "floor_us": round(r["floor_us"], 2), "ratio_to_floor": round(r["ratio"], 2),
+                "error": float(f"{r['error']:.1e}")}
+        if mamba:
+            line["mamba_ssm_us"] = round(mamba[0], 2)
+        lines.append(json.dumps({**line, "gpu": report["gpu"], "versions": report["versions"]}))
+    return lines
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the times."""
+    import triton
+
+    found = {"torch": torch.__version__, "triton": triton.__version__,
+             "cuda": str(torch.version.cuda)}
+    with contextlib.suppress(ImportError):
+        from mamba_ssm import __version__
+
+        found["mamba_ssm"] = __version__
+    return found
 
 
 def compile_one(job: tuple) -> None:
@@ -305,6 +339,7 @@ def guarded_compile(job: tuple) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--lines", type=Path, help="write docs/results/kernels.jsonl here too")
     parser.add_argument("--models", nargs="+", default=["130m", "2.7b"], choices=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
@@ -326,8 +361,10 @@ def main() -> None:
             records += measure(case, label, rates, options.tactics)
             torch.cuda.empty_cache()
             report = {"gpu": torch.cuda.get_device_name(), "rates": rates,
-                      "torch": torch.__version__, "records": records}
+                      "versions": versions(), "records": records}
             options.out.write_text(json.dumps(report, indent=1))
+            if options.lines:
+                options.lines.write_text("\n".join(result_lines(report)) + "\n")
     wrong = [r for r in records if r["wrong"]]
     print(f"{len(records)} measurements, {len(wrong)} wrong; written to {options.out}")
     sys.exit(1 if wrong else 0)
