@@ -1,0 +1,172 @@
+"""The Triton kernels: cosines tile by tile, keeping each row's best; never the whole matrix.
+
+The first kernel leaves every token's inverse norm, so that the second only multiplies: products
+of the raw vectors run on the tensor cores with float32 accumulation and are scaled at the end.
+The partners are split over programs so that few tokens still fill the GPU; a third kernel picks
+the best of the splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import triton
+import triton.language as tl
+
+from tokred_plugins.add_rms_norm.kernel import TACTICS as ROW_TACTICS
+from tokred_plugins.add_rms_norm.kernel import row_tactic
+from tokred_plugins.kernels import PRECISION, Call, Kernel, Spec, Tactic, cdiv, choose
+
+# Programs that fill the GPU: about two a multiprocessor.
+ENOUGH_PROGRAMS = 264
+
+
+@triton.jit
+def token_norm_kernel(hidden, inverse, D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range((D + BLOCK - 1) // BLOCK):
+        cols = i * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(hidden + row * D + cols, mask=cols < D, other=0).to(tl.float32)
+        squares += x * x
+    tl.store(inverse + row, 1 / tl.maximum(tl.sqrt(tl.sum(squares)), 1e-12))
+
+
+@triton.jit(do_not_specialize=["length", "n_lower", "n_upper", "share"])
+def token_match_kernel(
+    hidden, inverse, lower, upper, length, n_lower, n_upper, share, best, place,
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    hidden += batch * length * D
+    inverse += batch * length
+    a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    d = tl.arange(0, BLOCK_D)
+    row_a = tl.load(lower + batch * n_lower + a, mask=a < n_lower, other=0).to(tl.int64)
+    norm_a = tl.load(inverse + row_a)
+    winner = tl.full((BLOCK_A,), -1, tl.int32)
+    value = tl.full((BLOCK_A,), float("-inf"), tl.float32)
+
+    for first in range(part * share, tl.minimum((part + 1) * share, n_upper), BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        position = tl.load(upper + batch * n_upper + b, mask=b < n_upper, other=0)
+        row_b = position.to(tl.int64)
+        dots = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        for k in range(0, D, BLOCK_D):
+            inside = (k + d < D)[None, :]
+            x = tl.load(hidden + row_a[:, None] * D + k + d[None, :], mask=inside, other=0)
+            z = tl.load(hidden + row_b[:, None] * D + k + d[None, :], mask=inside, other=0)
+            dots = tl.dot(x, tl.trans(z), acc=dots, input_precision=PRECISION)
+        cosine = dots * norm_a[:, None] * tl.load(inverse + row_b)[None, :]
+        # NaN (poisoned padding) is nobody's partner.
+        valid = (cosine == cosine) & (b < n_upper)[None, :]
+        cosine = tl.where(valid, cosine, float("-inf"))
+        now, index = tl.max(cosine, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        found = tl.sum(tl.where(index[:, None] == tl.arange(0, BLOCK_B)[None, :],
+                                position[None, :], 0), axis=1)
+        better = now > value  # a tie keeps the earlier partner
+        value = tl.where(better, now, value)
+        winner = tl.where(better, found, winner)
+    slot = (batch * parts + part) * n_lower + a
+    tl.store(best + slot, value, mask=a < n_lower)
+    tl.store(place + slot, winner, mask=a < n_lower)
+
+
+@triton.jit(do_not_specialize=["n_lower", "parts"])
+def token_match_best_kernel(
+    best, place, n_lower, parts, similarity, target, BLOCK: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    a = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = a < n_lower
+    value = tl.full((BLOCK,), float("-inf"), tl.float32)
+    winner = tl.full((BLOCK,), -1, tl.int32)
+    for part in range(parts):
+        slot = (batch * parts + part) * n_lower + a
+        now = tl.load(best + slot, mask=inside, other=0)
+        found = tl.load(place + slot, mask=inside, other=0)
+        better = now > value
+        value = tl.where(better, now, value)
+        winner = tl.where(better, found, winner)
+    tl.store(similarity + batch * n_lower + a, value, mask=inside)
+    tl.store(target + batch * n_lower + a, winner, mask=inside)
+
+
+TOKEN_NORM = Kernel(
+    "token_norm", token_norm_kernel, ("hidden",), (), ("inverse",), ROW_TACTICS
+)
+TOKEN_MATCH = Kernel(
+    "token_match", token_match_kernel,
+    ("hidden", "inverse", "lower", "upper"), ("length", "n_lower", "n_upper", "share"),
+    ("best", "place"),
+    tuple(
+        Tactic({"BLOCK_A": a, "BLOCK_B": b, "BLOCK_D": d}, warps, stages)
+        for a, b, d, warps, stages in (
+            (64, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4),
+            (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
+        )
+    ),
+)
+TOKEN_MATCH_BEST = Kernel(
+    "token_match_best", token_match_best_kernel,
+    ("best", "place"), ("n_lower", "parts"), ("similarity", "target"),
+    tuple(Tactic({"BLOCK": 32 * warps}, warps) for warps in (2, 1, 4)),
+)
+
+
+def tile_tactic(dtype: str, batch: int, n_lower: int, n_upper: int) -> Tactic:
+    """Large tiles where there are enough of them to fill the GPU, and their operands fit."""
+    large = TOKEN_MATCH.tactics[1]
+    tiles = batch * cdiv(n_lower, large.blocks["BLOCK_A"]) * cdiv(n_upper, large.blocks["BLOCK_B"])
+    return large if tiles >= ENOUGH_PROGRAMS and dtype != "fp32" else TOKEN_MATCH.tactics[0]
+
+
+def calls(
+    hidden: Spec, lower: Spec, upper: Spec, tactics: Mapping[str, Tactic] | None = None,
+) -> tuple[Call, ...]:
+    """The launches of :func:`tokred_plugins.token_match.op.token_match`."""
+    batch, length, width = hidden.shape
+    n_lower, n_upper = lower.shape[1], upper.shape[1]
+    tactic = choose(TOKEN_MATCH, tactics, tile_tactic(hidden.dtype, batch, n_lower, n_upper))
+    rows = cdiv(n_lower, tactic.blocks["BLOCK_A"])
+    tiles = cdiv(n_upper, tactic.blocks["BLOCK_B"])
+    parts = max(1, min(tiles, cdiv(ENOUGH_PROGRAMS, batch * rows)))
+    share = cdiv(tiles, parts) * tactic.blocks["BLOCK_B"]
+    parts = max(1, cdiv(n_upper, share))
+    pick = choose(TOKEN_MATCH_BEST, tactics, TOKEN_MATCH_BEST.tactics[0])
+    found = (batch, n_lower)
+    norm = Call(
+        kernel=TOKEN_NORM,
+        inputs={"hidden": hidden.dtype},
+        extras={},
+        outputs={"inverse": Spec((batch, length), "fp32")},
+        constants={"D": width},
+        tactic=choose(TOKEN_NORM, tactics, row_tactic(width)),
+        grid=(length, 1),
+    )
+    search = Call(
+        kernel=TOKEN_MATCH,
+        inputs={
+            "hidden": hidden.dtype, "inverse": "fp32", "lower": lower.dtype, "upper": upper.dtype
+        },
+        extras={"length": length, "n_lower": n_lower, "n_upper": n_upper, "share": share},
+        outputs={
+            "best": Spec((batch, parts, n_lower), "fp32"),
+            "place": Spec((batch, parts, n_lower), "i32"),
+        },
+        constants={"D": width, "PRECISION": PRECISION[hidden.dtype]},
+        tactic=tactic,
+        grid=(rows, parts),
+    )
+    best = Call(
+        kernel=TOKEN_MATCH_BEST,
+        inputs={"best": "fp32", "place": "i32"},
+        extras={"n_lower": n_lower, "parts": parts},
+        outputs={"similarity": Spec(found, "fp32"), "target": Spec(found, "i32")},
+        constants={},
+        tactic=pick,
+        grid=(cdiv(n_lower, pick.blocks["BLOCK"]), 1),
+    )
+    return norm, search, best

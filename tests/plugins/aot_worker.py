@@ -1,0 +1,63 @@
+"""Compiles every kernel for the targets given and prints one line of JSON each.
+
+``test_aot.py`` runs this in processes of its own, since a process that imported Triton to
+interpret kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
+
+from kernel_shapes import MODELS, cases
+from tokred_plugins.aot import compile_call
+from tokred_plugins.kernels import Call
+
+
+def every_call() -> Iterator[Call]:
+    """One call of each kernel, at the sizes of 130m with its default tactic."""
+    done = set()
+    for case in cases(MODELS["130m"], 1, 2048, "fp16"):
+        calls = case.launches()
+        if case.op == "ssd_scan":  # short and long batches start with different kernels
+            calls += case.launches(segments=1)
+        for call in calls:
+            if call.kernel.name not in done:
+                done.add(call.kernel.name)
+                yield call
+
+
+def assemble(ptx: str, target: int) -> str:
+    """What ptxas says against the code; nothing where it has no objection."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        name = f"sm_{target}a" if target >= 90 else f"sm_{target}"
+        command = [knobs.nvidia.ptxas.path, f"--gpu-name={name}", source, "-o", f"{source}.o"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def main() -> None:
+    for target in map(int, sys.argv[1:]):
+        for call in every_call():
+            compiled = compile_call(call, target)
+            expected = [*call.inputs, *call.kernel.extras, *call.outputs]
+            facts = {
+                "compiled": compiled.to_json(), "expected": expected,
+                "warps": call.tactic.num_warps,
+                "ptxas": assemble(compiled.ptx, target) if target == 90 else "",
+            }
+            print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

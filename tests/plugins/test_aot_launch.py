@@ -1,0 +1,81 @@
+"""The PTX that a plan would hold, launched through the driver, against Triton's own launch.
+
+This is what TensorRT does with a kernel description: it knows the entry, the parameters in
+their order, the grid and the shared memory, and nothing of Triton.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+if not torch.cuda.is_available():
+    pytest.skip("launching needs a GPU", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
+
+from kernel_shapes import MODELS, cases, tensors
+from tokred_plugins.aot import PTX_VERSIONS, compile_call
+from tokred_plugins.kernels import launch, torch_dtypes
+
+pytestmark = pytest.mark.gpu
+TARGET = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CASES = {
+    f"{case.op}-{dtype}-B{batch}": case
+    for dtype in ("fp16", "bf16") for batch in (1, 8)
+    for case in cases(MODELS["130m"], batch, 1024 + 37, dtype)
+}
+
+
+def checked(status: int, what: str) -> None:
+    assert status == 0, f"{what} gave CUresult {status}"
+
+
+def launch_ptx(compiled, tensors_by_name):
+    """Load the PTX and launch it with the described parameters; the outputs by name."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    checked(driver.cuModuleLoadData(ctypes.byref(module), compiled.ptx.encode()), "load")
+    entry = compiled.entry.encode()
+    checked(driver.cuModuleGetFunction(ctypes.byref(function), module, entry), "entry")
+    checked(driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, compiled.shared), "shared")
+    made, values = {}, []
+    for p in compiled.parameters:
+        if p.role == "extra":
+            values.append(ctypes.c_int32(p.value))
+            continue
+        if p.role == "output":
+            made[p.name] = torch.empty(p.shape, dtype=torch_dtypes()[p.dtype], device="cuda")
+            made[p.name].fill_(torch.nan if made[p.name].is_floating_point() else 1)
+        tensor = made.get(p.name, tensors_by_name.get(p.name))
+        values.append(ctypes.c_void_p(tensor.data_ptr()))
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    batch = tensors_by_name[compiled.parameters[0].name].shape[0]
+    torch.cuda.synchronize()
+    checked(driver.cuLaunchKernel(function, *compiled.grid, batch, compiled.block, 1, 1,
+                                  compiled.shared, None, arguments, None), "launch")
+    torch.cuda.synchronize()
+    checked(driver.cuModuleUnload(module), "unload")
+    return made
+
+
+@pytest.mark.skipif(TARGET not in PTX_VERSIONS, reason=f"sm_{TARGET} is no target of ours")
+@pytest.mark.parametrize("name", CASES)
+def test_ptx_gives_what_triton_gives(name):
+    """Every kernel of an op in turn, on the same inputs, equal to the last bit."""
+    case = CASES[name]
+    values = {k: x for k, x in tensors(case, 0).items() if x is not None}
+    for call in case.launches():
+        expected = launch(call, values)
+        made = launch_ptx(compile_call(call, TARGET), values)
+        assert made.keys() == expected.keys()
+        for output, want in expected.items():
+            same = torch.equal(made[output].nan_to_num(7.0), want.nan_to_num(7.0))
+            assert same, f"{call.kernel.name}: {output} differs"
+        values |= expected
