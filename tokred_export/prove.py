@@ -19,14 +19,15 @@ from tokred_export.bundle import Bundle
 from tokred_export.disk import clear_disk_errors, write_atomic
 from tokred_export.environment import environment, usable_cores
 from tokred_export.errors import BundleError, CheckpointError
+from tokred_export.model import Mamba2
 from tokred_export.pipeline import Line
 from tokred_export.runtime.ort import OrtRunner, open_session
-from tokred_export.runtime.runner import open_runner
-from tokred_export.specs import ReductionSchedule
+from tokred_export.runtime.runner import Runner, open_runner
+from tokred_export.specs import Dtype, ReductionSchedule
 from tokred_export.verify.baselines import describe_timed, eager_baselines, steady_allocator
-from tokred_export.verify.cases import prompt_cases
+from tokred_export.verify.cases import PromptCase, prompt_cases
 from tokred_export.verify.parity import measure_case, noise_of
-from tokred_export.verify.records import ParityRecord, SpeedRecord
+from tokred_export.verify.records import ParityCase, ParityRecord, SpeedRecord
 from tokred_export.verify.speed import Conditions, measure_speed
 
 BACKEND = "onnxruntime"
@@ -57,13 +58,17 @@ def measure_parity(
                 schedule, line.checkpoint.spec.vocab_size, min(metadata.max_batch, 2), thorough,
                 texts=sample_text(bundle, schedule.length),
             )
-            for case in prompts:
-                cases.append(
-                    measure_case(
-                        model, runner.run, name, case.input_ids, case.prompt_len,
-                        case.description, metadata.dtype,
-                    )
+            cases += [_measure(model, runner, name, case, metadata.dtype) for case in prompts]
+            if runner.source.parent != bundle.path:
+                # The file that other runtimes take is judged too, not only the engine's copy.
+                del runner
+                runner = open_runner(
+                    bundle, name, BACKEND, line.spec.device, threads, engine="ignore"
                 )
+                full = prompts[0]._replace(
+                    description=f"{prompts[0].description}, the ONNX file itself"
+                )
+                cases.append(_measure(model, runner, name, full, metadata.dtype))
     return ParityRecord(
         # No engine of the bundle fits here, or it has none: the record says what was run instead.
         backend=f"{BACKEND} ({line.spec.device.upper()})"
@@ -73,6 +78,14 @@ def measure_parity(
         cases=tuple(cases),
         environment=environment(),
         command=command,
+    )
+
+
+def _measure(
+    model: Mamba2, runner: Runner, component: str, case: PromptCase, dtype: Dtype
+) -> ParityCase:
+    return measure_case(
+        model, runner.run, component, case.input_ids, case.prompt_len, case.description, dtype
     )
 
 

@@ -80,6 +80,21 @@ def test_a_changed_weight_fails_parity(capsys, bundle):
     assert "parity is FAIL" in failing(capsys, ["bench", bundle, "--quiet"], 1)
 
 
+def test_the_onnx_file_is_judged_beside_its_engine(capsys, bundle):
+    """An engine that is right does not vouch for an ONNX file that is not."""
+    change_a_weight(bundle / "prefill-16.onnx")
+    (engine,) = bundle.glob("engines/*/engine.json")
+    text = json.loads(engine.read_text())
+    data = (bundle / "prefill-16.onnx").read_bytes()
+    text["prefill-16"]["onnx_files"] = {"prefill-16.onnx": hashlib.sha256(data).hexdigest()}
+    engine.write_text(json.dumps(text))
+    bless(bundle)
+    failing(capsys, ["verify", bundle, "--quiet", "--threads", "1"], 1)
+    (record,) = json.loads((bundle / "reports" / "parity.json").read_text())
+    assert record["backend"] == "onnxruntime (CPU)"
+    assert record["cases"][-1]["description"].endswith("the ONNX file itself")
+
+
 def test_records_of_another_version(capsys, bundle):
     """A record with unknown keys is no crash; the message says how to get a new one."""
     (bundle / "reports" / "parity.json").write_text('[{"later": 1}]')
