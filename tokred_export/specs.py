@@ -158,8 +158,9 @@ class BuildSpec(Spec, kw_only=True):
     logits: Logits = "last"
     backends: tuple[Backend, ...] = ("onnxruntime",)
     device: Literal["cpu", "cuda"] = "cpu"  # of onnxruntime
-    # Chunk of the exported scan: 64 is the fastest in function bodies on CPUs (measured by
-    # tools/bench_cpu.py), whatever chunk the checkpoint was trained with.
+    # Chunk of the exported scan, whatever chunk the checkpoint was trained with: in function
+    # bodies on a CPU, 64 and 128 took about the same time at 130m and 32 took more; compare with
+    # tools/bench_cpu.py --chunk-size.
     chunk_size: int = 64
 
     @property

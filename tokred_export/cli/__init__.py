@@ -78,8 +78,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _say("interrupted", 130)
     except MemoryError:
         return _say(
-            "error: out of memory; a float32 build needs about eight times the size of the "
-            "float16 weights: use a machine with more, or a smaller model", 3,
+            "error: out of memory: use a machine with more, a smaller model, a shorter --seq-len, "
+            "or --no-verify, which holds no eager model beside the engine", 3,
         )
     # Rich and Click make of a broken pipe an exit with 1, which would read as "a gate failed".
     except (BrokenPipeError, SystemExit):
