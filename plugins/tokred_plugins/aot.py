@@ -134,6 +134,12 @@ def compile_call(call: Call, target: int, strip: bool = True) -> Compiled:
     return strip_hidden(compiled) if strip else compiled
 
 
+def compile_key(call: Call) -> str:
+    """Equal for calls that compile to the same code: extras, grid and lengths are not in it."""
+    dtypes = [*call.inputs.items(), *((n, spec.dtype) for n, spec in call.outputs.items())]
+    return repr((call.kernel.name, dtypes, sorted(call.constants.items()), str(call.tactic)))
+
+
 def strip_hidden(compiled: Compiled) -> Compiled:
     """The same kernel without the trailing pointers that it never reads.
 
