@@ -11,8 +11,6 @@ import importlib
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,10 +18,11 @@ from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from tokred_export.backends import job
 from tokred_export.backends.common import (
     Availability,
     EngineInfo,
@@ -45,9 +44,9 @@ from tokred_export.backends.graph import (
     save_with_data,
     without_shapes,
 )
+from tokred_export.backends.job import Outcome, answer, outcome_of
 from tokred_export.disk import clear_disk_errors
 from tokred_export.errors import BuildFailed, EnvironmentUnable, InvalidRequest, TokredError
-from tokred_export.specs import Spec
 
 if TYPE_CHECKING:
     import onnx
@@ -57,30 +56,16 @@ NAME = "tensorrt-rtx"
 SUPPORTED = (75, 80, 86, 89, 120, 121)  # compute capabilities the library builds for
 DEFAULT_TARGETS = (80, 86, 89, 120)
 _MODULE = "tokred_export.backends.tensorrt_rtx"
-_TAIL = 20  # lines of the build's log that an error quotes
 
 
-class Job(Spec, kw_only=True):
+class Job(job.Job, kw_only=True):
     """What the build process is asked for."""
 
     onnx: str
     plan: str
-    outcome: str  # file for the answer
     targets: tuple[int, ...]
     batches: tuple[int, int] | None  # least and most, for a graph whose batch is open
     inspect: bool  # a supported GPU is here, so the plan can be opened
-
-
-class Outcome(Spec, kw_only=True):
-    """What the build process answers: an error in words, or what it built."""
-
-    error: str | None = None
-    exit_code: int = 0  # of the error's kind
-    show_log: bool = False  # the log knows more than the error
-    version: str = ""
-    layers: int = 0
-    layers_from: Literal["engine", "network"] = "network"
-    outputs: dict[str, tuple[int, ...]] = msgspec.field(default_factory=dict)
 
 
 def available() -> Availability:
@@ -137,7 +122,7 @@ def build(
             save_with_data(without_shapes(graph), onnx_path, plain)
             save_with_data(without_shapes(inline_functions(graph)), onnx_path, inlined)
             expected = _agreed_shapes(graph, plain, inlined)
-            job = Job(
+            asked = Job(
                 onnx=str(inlined),
                 plan=str(Path(folder, plan.name)),
                 outcome=str(Path(folder, "outcome.json")),
@@ -145,9 +130,9 @@ def build(
                 batches=batches,
                 inspect=can_run,
             )
-            outcome = run_job(job)
+            outcome = run_job(asked)
             compare_shapes("TensorRT-RTX", outcome.outputs, "ONNX Runtime", expected)
-            os.replace(job.plan, plan)
+            os.replace(asked.plan, plan)
         info = EngineInfo(
             backend=NAME,
             version=outcome.version,
@@ -179,35 +164,9 @@ def _agreed_shapes(graph: onnx.ModelProto, plain: Path, inlined: Path) -> Shapes
     return expected
 
 
-def run_job(job: Job, command: Sequence[str] = (sys.executable, "-m", _MODULE)) -> Outcome:
-    """Run one build in a process of its own and wait for it.
-
-    Raises:
-        BuildFailed: the process reported an error, or it crashed; then with the end of its log.
-        EnvironmentUnable: the process found the disk full or the library broken.
-    """
-    folder = Path(job.outcome).parent
-    (folder / "job.json").write_bytes(msgspec.json.encode(job))
-    with (folder / "log").open("w+b") as log:
-        code = subprocess.run(
-            [*command, str(folder / "job.json")], stdout=log, stderr=subprocess.STDOUT, check=False
-        ).returncode
-        log.seek(0)
-        lines = log.read().decode(errors="replace").splitlines()
-    tail = "\n".join(["the log ends with:", *lines[-_TAIL:]])
-    try:
-        outcome = msgspec.json.decode(Path(job.outcome).read_bytes(), type=Outcome)
-    except FileNotFoundError as error:
-        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        raise BuildFailed(
-            f"the TensorRT-RTX build process ended with {how} and built nothing: report the graph "
-            f"and its log, or leave out the backend {NAME}; {tail}"
-        ) from error
-    if outcome.error is not None:
-        unable = outcome.exit_code == EnvironmentUnable.exit_code
-        text = f"{outcome.error}; {tail}" if outcome.show_log else outcome.error
-        raise (EnvironmentUnable if unable else BuildFailed)(text)
-    return outcome
+def run_job(asked: Job, command: Sequence[str] = (sys.executable, "-m", _MODULE)) -> Outcome:
+    """Run one build in a process of its own, see :func:`tokred_export.backends.job.run_job`."""
+    return job.run_job(asked, command, "TensorRT-RTX", NAME)
 
 
 _NOT_INSTALLED = (
@@ -252,22 +211,22 @@ def _target(targets: Sequence[int]) -> str:
     return "+".join(f"sm{sm}" for sm in targets)
 
 
-def _build_here(job: Job) -> Outcome:
+def _build_here(asked: Job) -> Outcome:
     """The build itself, in the process of its own."""
     trt = _load()
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(job.onnx):
+    if not parser.parse_from_file(asked.onnx):
         raise BuildFailed(_parse_error(parser.get_error(0)))
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for the inspector
-    config.num_compute_capabilities = len(job.targets)
-    for index, sm in enumerate(job.targets):
+    config.num_compute_capabilities = len(asked.targets)
+    for index, sm in enumerate(asked.targets):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
-    if job.batches is not None:
-        config.add_optimization_profile(_profile(builder, network, *job.batches))
+    if asked.batches is not None:
+        config.add_optimization_profile(_profile(builder, network, *asked.batches))
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     outcome = Outcome(
         version=trt.__version__,
@@ -277,9 +236,9 @@ def _build_here(job: Job) -> Outcome:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return _no_engine("TensorRT-RTX parsed the graph but built no engine from it")
-    with clear_disk_errors(Path(job.plan)):
-        Path(job.plan).write_bytes(plan)
-    return _count_engine_layers(trt, logger, plan, outcome) if job.inspect else outcome
+    with clear_disk_errors(Path(asked.plan)):
+        Path(asked.plan).write_bytes(plan)
+    return _count_engine_layers(trt, logger, plan, outcome) if asked.inspect else outcome
 
 
 def _parse_error(error: tensorrt_rtx.ParserError) -> str:
@@ -346,13 +305,12 @@ def _count_engine_layers(
 
 def _main(path: str) -> int:
     """Entry of the build process: read the job, leave the outcome, return the exit status."""
-    job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
+    asked = msgspec.json.decode(Path(path).read_bytes(), type=Job)
     try:
-        outcome = _build_here(job)
+        outcome = _build_here(asked)
     except TokredError as error:
-        outcome = Outcome(error=str(error), exit_code=error.exit_code)
-    Path(job.outcome).write_bytes(msgspec.json.encode(outcome))
-    return outcome.exit_code
+        outcome = outcome_of(error)
+    return answer(asked, outcome)
 
 
 if __name__ == "__main__":

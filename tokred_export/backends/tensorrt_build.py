@@ -1,0 +1,254 @@
+"""The process that builds a TensorRT engine: ``python -m ... JOB.json``.
+
+It runs in the Python that has TensorRT, which need not be the one that exports: TensorRT 8.6 on
+a JetPack machine lives in that system's Python 3.10. It needs numpy and msgspec besides, and
+for a "quick" build Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from tokred_export.backends import job
+from tokred_export.backends.job import Outcome, answer, outcome_of
+from tokred_export.disk import clear_disk_errors, write_atomic
+from tokred_export.errors import BuildFailed, TokredError
+from tokred_export.runtime.trt import load_launcher, load_tensorrt, version_of
+
+if TYPE_CHECKING:
+    import tensorrt
+
+PLUGIN_LAYERS = ("PluginV2", "PluginV3")
+
+
+class Job(job.Job, kw_only=True):
+    """What the build process is asked for.
+
+    Attributes:
+        onnx: a kernel-level file, see :mod:`tokred_export.export.lower`.
+        plan: the file to write.
+        form: "quick" or "launcher".
+        launcher: the launcher plugin, for that form.
+        half: weights are 16 bit: TensorRT 8.6 needs to be told that it may use them.
+        expected: kernel -> nodes of the file; each must become a plugin layer.
+        batches: least and most, for a graph whose batch is open.
+        timing_cache: read if it is there, written at the end.
+        level: builder optimisation level, 0 to 5; None for TensorRT's default.
+        products: ONNX files of single matrix products to time first, one by one, the timing
+            cache being kept after each: a build that is killed then loses little.
+        describe: the file to write what the inspector says to.
+    """
+
+    onnx: str
+    plan: str
+    form: str
+    launcher: str | None = None
+    half: bool = True
+    expected: dict[str, int]
+    batches: tuple[int, int] | None = None
+    timing_cache: str | None = None
+    level: int | None = None
+    products: tuple[str, ...] = ()
+    describe: str | None = None
+
+
+def build_here(asked: Job) -> Outcome:
+    """Build and check one engine in this process.
+
+    Raises:
+        BuildFailed: the file cannot be parsed or built, or a custom op became no plugin.
+        EnvironmentUnable: TensorRT or the launcher plugin cannot be used.
+    """
+    trt = load_tensorrt()
+    logger = trt.Logger(trt.Logger.WARNING)
+    if asked.form == "launcher":
+        load_launcher(trt, Path(asked.launcher or ""))
+    else:
+        from tokred_plugins.quick import register_file
+
+        register_file(Path(asked.onnx))
+    builder = trt.Builder(logger)
+    for product in asked.products:
+        _build(trt, builder, logger, asked, product)
+        _say(f"timed {Path(product).stem}")
+    begun = time.perf_counter()
+    plan, network = _build(trt, builder, logger, asked, asked.onnx)
+    seconds = time.perf_counter() - begun
+    with clear_disk_errors(Path(asked.plan)):
+        Path(asked.plan).write_bytes(plan)
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildFailed("TensorRT cannot open the plan that it has just built")
+    layers = inspect(trt, engine)
+    if asked.describe is not None:
+        Path(asked.describe).write_text(json.dumps(layers, indent=1))
+    plugins = check_plugins(layers, asked.expected)
+    return Outcome(
+        version=trt.__version__, layers=len(layers), layers_from="engine",
+        outputs={value.name: tuple(value.shape) for value in outputs},
+        plugins=plugins, seconds=round(seconds, 3),
+    )
+
+
+def _build(
+    trt: ModuleType, builder: tensorrt.Builder, logger: tensorrt.ILogger, asked: Job, path: str
+) -> tuple[tensorrt.IHostMemory, tensorrt.INetworkDefinition]:
+    """A plan of one ONNX file; the timing cache is read before and written after."""
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(path):
+        raise BuildFailed(_parse_error(parser.get_error(0)))
+    config = _config(trt, builder, network, asked)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildFailed(f"TensorRT parsed {Path(path).name} but built no engine from it")
+    if asked.timing_cache is not None:
+        file = Path(asked.timing_cache)
+        with clear_disk_errors(file, writable=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, bytes(config.get_timing_cache().serialize()))
+    return plan, network
+
+
+def _network_flags(trt: ModuleType) -> int:
+    flags = trt.NetworkDefinitionCreationFlag
+    if version_of(trt) >= (10, 0):  # types are those of the file; 11 knows nothing else
+        return 1 << int(flags.STRONGLY_TYPED)
+    return 1 << int(flags.EXPLICIT_BATCH)
+
+
+def _config(
+    trt: ModuleType, builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, asked: Job
+) -> tensorrt.IBuilderConfig:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for the inspector
+    if asked.level is not None:
+        config.builder_optimization_level = asked.level
+    if version_of(trt) < (10, 0):
+        # The graph's products need no cuBLAS or cuDNN, which a deployment may not have.
+        config.set_tactic_sources(0)
+        _weak_types(trt, network, config, asked.half)
+    if asked.batches is not None:
+        config.add_optimization_profile(_profile(builder, network, *asked.batches))
+    if asked.timing_cache is not None:
+        file = Path(asked.timing_cache)
+        known = file.read_bytes() if file.is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(known), False):
+            raise BuildFailed(
+                f"the timing cache {file} is of another GPU or TensorRT: remove it"
+            )
+    if hasattr(trt, "IProgressMonitor"):  # 8.6 has none
+        config.progress_monitor = _progress(trt)
+    return config
+
+
+def _weak_types(
+    trt: ModuleType, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig,
+    half: bool,
+) -> None:
+    """TensorRT 8 picks precisions itself; hold it to those of the file."""
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if not half:
+        return
+    config.set_flag(trt.BuilderFlag.FP16)
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    kept = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kinds = {layer.get_output(i).dtype for i in range(layer.num_outputs)}
+        if layer.type not in kept and kinds == {trt.float32}:
+            layer.precision = trt.float32
+            for i in range(layer.num_outputs):
+                layer.set_output_type(i, trt.float32)
+
+
+def _profile(
+    builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, least: int, most: int
+) -> tensorrt.IOptimizationProfile:
+    """The range of every input with an open batch; the plan is tuned for the largest."""
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        value = network.get_input(index)
+        if -1 in tuple(value.shape):
+            rest = tuple(value.shape)[1:]
+            profile.set_shape(value.name, (least, *rest), (most, *rest), (most, *rest))
+    return profile
+
+
+def _parse_error(error: tensorrt.ParserError) -> str:
+    said = "; ".join(line for line in error.desc().splitlines() if line)
+    return f"TensorRT cannot parse node {error.node()}: {said}"
+
+
+def inspect(trt: ModuleType, engine: tensorrt.ICudaEngine) -> list[dict]:
+    """Every layer of an engine as its inspector describes it."""
+    text = engine.create_engine_inspector().get_engine_information(
+        trt.LayerInformationFormat.JSON
+    )
+    return json.loads(text)["Layers"]
+
+
+def check_plugins(layers: list[dict], expected: dict[str, int]) -> dict[str, int]:
+    """Plugin layers by kernel; equal to what the file holds, or the build is no good.
+
+    Raises:
+        BuildFailed: a kernel's node became something else than a plugin.
+    """
+    # A node is called ".../<index>/<kernel>"; a layer that stands for several repeats their names.
+    found = Counter(
+        layer["Name"].rpartition("/")[2]
+        for layer in layers if layer.get("LayerType") in PLUGIN_LAYERS
+    )
+    if dict(found) != expected:
+        raise BuildFailed(
+            f"the engine runs the plugins {dict(sorted(found.items()))}, expected "
+            f"{dict(sorted(expected.items()))}: a custom op fell back to something else"
+        )
+    return dict(found)
+
+
+def _progress(trt: ModuleType) -> tensorrt.IProgressMonitor:
+    class Monitor(trt.IProgressMonitor):
+        """Says which phase the builder is in."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            _say(f"{name}: {steps} steps")
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def _say(what: str) -> None:
+    print(f"[tokred] {what}", flush=True)
+
+
+def _main(path: str) -> int:
+    """Entry of the build process: read the job, leave the outcome, return the exit status."""
+    asked = msgspec.json.decode(Path(path).read_bytes(), type=Job)
+    try:
+        outcome = build_here(asked)
+    except TokredError as error:
+        outcome = outcome_of(error)
+        outcome = msgspec.structs.replace(outcome, show_log=isinstance(error, BuildFailed))
+    return answer(asked, outcome)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))

@@ -1,0 +1,130 @@
+"""The few things of the CUDA driver that running an engine takes: memory, a stream, a graph.
+
+Free of torch. Source: the CUDA driver API, through NVIDIA's cuda-bindings.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokred_export.errors import EnvironmentUnable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Gpu(NamedTuple):
+    """The device in use: name, compute capability times ten, and bytes of its memory."""
+
+    name: str
+    sm: int
+    bytes: int
+
+
+def load_driver() -> ModuleType:
+    """The driver API.
+
+    Raises:
+        EnvironmentUnable: cuda-bindings is not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise EnvironmentUnable(
+            f"cuda-bindings cannot be imported ({error}): pip install cuda-bindings"
+        ) from error
+
+
+class Device:
+    """The first CUDA device, its primary context made current in this thread."""
+
+    def __init__(self) -> None:
+        self.driver = load_driver()
+        self._call("cuInit", 0)
+        if self._call("cuDeviceGetCount") == 0:
+            raise EnvironmentUnable("there is no CUDA device here, expected an NVIDIA GPU")
+        self._device = self._call("cuDeviceGet", 0)
+        # TensorRT runs in the primary context too.
+        self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._device))
+        # Non-blocking: nothing waits for the legacy stream, and it can be captured.
+        self.stream = self._call("cuStreamCreate", 1)
+
+    @property
+    def gpu(self) -> Gpu:
+        """What the device is."""
+        attribute = self.driver.CUdevice_attribute
+        major, minor = (
+            self._call("cuDeviceGetAttribute", kind, self._device)
+            for kind in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        name = self._call("cuDeviceGetName", 128, self._device)
+        total = self._call("cuDeviceTotalMem", self._device)
+        return Gpu(name.rstrip(b"\0").decode(errors="replace"), 10 * major + minor, total)
+
+    def used_bytes(self) -> int:
+        """Device memory that is taken, by this process and all others."""
+        free, total = self._call("cuMemGetInfo")
+        return total - free
+
+    def allocate(self, size: int) -> int:
+        """The address of ``size`` new bytes (at least one), aligned to 256."""
+        return int(self._call("cuMemAlloc", max(size, 1)))
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+        self._call("cuMemFree", address)
+
+    def upload(self, array: np.ndarray, address: int) -> None:
+        """Copy a contiguous array to the device."""
+        if array.nbytes:
+            self._call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """Fill a contiguous array from the device."""
+        if array.nbytes:
+            self._call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self._call("cuStreamSynchronize", self.stream)
+
+    def begin_capture(self) -> None:
+        """From here on the stream's work is recorded, not done."""
+        # Thread-local: what other threads of the process do meanwhile is their own affair.
+        mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", self.stream, mode)
+
+    def end_capture(self) -> object:
+        """The recorded work, ready to be launched."""
+        graph = self._call("cuStreamEndCapture", self.stream)
+        try:
+            return self._call("cuGraphInstantiate", graph, 0)
+        finally:
+            self._call("cuGraphDestroy", graph)
+
+    def replay(self, graph: object) -> None:
+        """Put a recorded graph on the stream."""
+        self._call("cuGraphLaunch", graph, self.stream)
+
+    def destroy_graph(self, graph: object) -> None:
+        """Give a recorded graph back."""
+        self._call("cuGraphExecDestroy", graph)
+
+    def _call(self, name: str, *arguments: object) -> object:
+        """A driver function's result; its status is checked.
+
+        Raises:
+            EnvironmentUnable: the driver refuses; memory is the usual cause.
+        """
+        status, *values = getattr(self.driver, name)(*arguments)
+        if status != self.driver.CUresult.CUDA_SUCCESS:
+            raise EnvironmentUnable(
+                f"the CUDA driver refuses {name}: {status.name}; check that a GPU is free and has "
+                "enough memory"
+            )
+        return values[0] if len(values) == 1 else tuple(values) or None
