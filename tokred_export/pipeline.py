@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+from tokred_plugins.opset import OpSet
 
 from tokred_export.backends.common import read_engines, write_engine
 from tokred_export.bundle import Bundle, read_bundle, write_manifest, writing_bundle
@@ -104,15 +105,27 @@ def schedules(line: Line) -> dict[int, ReductionSchedule]:
     }
 
 
-def eager(line: Line, schedule: ReductionSchedule | None, dtype: Dtype | None = None) -> Mamba2:
+def eager(
+    line: Line,
+    schedule: ReductionSchedule | None,
+    dtype: Dtype | None = None,
+    ops: OpSet | None = None,
+) -> Mamba2:
     """The eager model that an export traces and a proof compares with.
 
     Its scan runs in the chunks of the exported one.
+
+    Args:
+        line: whose checkpoint.
+        schedule: of the model; None is the dense one.
+        dtype: of its weights; None for the export's.
+        ops: what it runs; None for the custom ops, which an export needs.
     """
     chunked = msgspec.structs.replace(line.checkpoint.spec, chunk_size=line.spec.chunk_size)
     checkpoint = msgspec.structs.replace(line.checkpoint, spec=chunked)
     return build_model(
-        checkpoint, schedule, dtype=dtype or line.spec.tensor_dtype, logits=line.spec.logits
+        checkpoint, schedule, dtype=dtype or line.spec.tensor_dtype, ops=ops,
+        logits=line.spec.logits,
     )
 
 

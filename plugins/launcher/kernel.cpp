@@ -132,6 +132,19 @@ std::vector<Type> parseTypes(std::string const& names)
     return types;
 }
 
+std::vector<int32_t> parseNumbers(std::string const& numbers)
+{
+    std::vector<int32_t> values;
+    std::istringstream stream(numbers);
+    for (std::string word; stream >> word;)
+    {
+        size_t read = 0;
+        values.push_back(std::stoi(word, &read));
+        require(read == word.size(), "'" + word + "' is no number");
+    }
+    return values;
+}
+
 void Kernel::check() const
 {
     require(!ptx.empty() && !entry.empty(), "field ptx or entry is missing");

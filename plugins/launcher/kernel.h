@@ -25,6 +25,9 @@ Type parseType(std::string const& name);
 // "fp16 i32" -> types, in order.
 std::vector<Type> parseTypes(std::string const& names);
 
+// "2048 32" -> numbers; text, because a node cannot have an empty list.
+std::vector<int32_t> parseNumbers(std::string const& numbers);
+
 // Throws std::invalid_argument where the fields contradict each other.
 struct Kernel
 {

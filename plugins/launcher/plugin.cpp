@@ -229,12 +229,8 @@ public:
         value.erase(std::find(value.begin(), value.end(), '\0'), value.end());
         return value;
     }
-    std::vector<int32_t> numbers(char const* name, bool optional = false) const
+    std::vector<int32_t> numbers(char const* name) const
     {
-        if (optional && mFields.find(name) == mFields.end())
-        {
-            return {};
-        }
         auto const& field = find(name, PluginFieldType::kINT32);
         auto const* data = static_cast<int32_t const*>(field.data);
         return data == nullptr ? std::vector<int32_t>{} : std::vector<int32_t>(data, data + field.length);
@@ -280,9 +276,9 @@ tokred::Kernel kernelOf(Fields const& fields)
     kernel.block = fields.number("block");
     kernel.shared = fields.number("shared");
     kernel.inputs = tokred::parseTypes(fields.text("input_types"));
-    kernel.extras = fields.numbers("extras", true);
+    kernel.extras = tokred::parseNumbers(fields.text("extras"));
     kernel.outputs = tokred::parseTypes(fields.text("output_types"));
-    auto const dims = fields.numbers("output_dims", true);
+    auto const dims = fields.numbers("output_dims");
     size_t at = 0;
     for (int32_t rank : fields.numbers("output_ranks"))
     {
@@ -307,9 +303,9 @@ public:
     Creator()
     {
         // The parser passes on only the attributes listed here.
-        char const* const texts[] = {"kernel", "ptx", "entry", "input_types", "output_types"};
+        char const* const texts[] = {"kernel", "ptx", "entry", "input_types", "output_types", "extras"};
         char const* const numbers[]
-            = {"target", "grid", "block", "shared", "extras", "output_ranks", "output_dims"};
+            = {"target", "grid", "block", "shared", "output_ranks", "output_dims"};
         for (char const* name : texts)
         {
             mFields.emplace_back(name, nullptr, PluginFieldType::kCHAR, 1);

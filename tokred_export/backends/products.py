@@ -43,7 +43,7 @@ def products_of(model: ir.Model) -> list[Product]:
     return list(found)
 
 
-def write_products(lowered: Path, folder: Path, max_batch: int) -> tuple[str, ...]:
+def write_products(lowered: Path, folder: Path) -> tuple[str, ...]:
     """Write one file a distinct product; the paths, in order."""
     folder.mkdir()
     paths = []

@@ -56,7 +56,8 @@ def interpreter_environment() -> dict[str, str]:
     import tokred_plugins
 
     roots = {str(Path(__file__).parents[2]), str(Path(tokred_plugins.__file__).parents[1])}
-    known = os.environ.get("PYTHONPATH", "")
+    # This process's own path may hold packages for its own Python only.
+    known = os.environ.get("PYTHONPATH") if interpreter() == sys.executable else None
     return {"PYTHONPATH": os.pathsep.join([*sorted(roots), *([known] if known else [])])}
 
 
@@ -154,6 +155,7 @@ def build(
     max_batch: int = 1,
     level: int | None = None,
     timing_cache: Path | None = None,
+    products_first: bool = False,
 ) -> EngineInfo:
     """Build ``<component>.plan`` in ``out_dir`` and describe it in ``engine.json``.
 
@@ -163,6 +165,8 @@ def build(
         max_batch: the largest batch of an open one; block sizes and timings are for it.
         level: builder optimisation level, 0 to 5; None for TensorRT's default.
         timing_cache: file to keep timings in; None for the one of this machine.
+        products_first: time each distinct matrix product alone before the whole graph, and
+            keep the timings after each, so that a build that is killed loses little.
 
     Raises:
         InvalidRequest: no such file, or a bfloat16 file for a TensorRT without bfloat16.
@@ -192,7 +196,7 @@ def build(
                 half=half, expected=dict(expected),
                 batches=(1, max_batch) if _is_open(graph) else None,
                 timing_cache=str(timing_cache or timing_cache_path()), level=level,
-                products=write_products(lowered, folder / "products", max_batch),
+                products=write_products(lowered, folder / "products") if products_first else (),
             ))
             compare_shapes(
                 "TensorRT", _open(outcome), "the file", declared_shapes(graph)

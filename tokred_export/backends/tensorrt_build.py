@@ -76,11 +76,14 @@ def build_here(asked: Job) -> Outcome:
 
         register_file(Path(asked.onnx))
     builder = trt.Builder(logger)
+    timings = _timings(builder, asked)
     for product in asked.products:
-        _build(trt, builder, logger, asked, product)
-        _say(f"timed {Path(product).stem}")
+        begun = time.perf_counter()
+        _build(trt, builder, logger, asked, product, timings)
+        _say(f"timed {Path(product).stem} in {time.perf_counter() - begun:.1f} s")
     begun = time.perf_counter()
-    plan, network = _build(trt, builder, logger, asked, asked.onnx)
+    plan, network = _build(trt, builder, logger, asked, asked.onnx, timings)
+    _say(f"built in {time.perf_counter() - begun:.1f} s")
     seconds = time.perf_counter() - begun
     with clear_disk_errors(Path(asked.plan)):
         Path(asked.plan).write_bytes(plan)
@@ -99,23 +102,37 @@ def build_here(asked: Job) -> Outcome:
     )
 
 
+def _timings(builder: tensorrt.Builder, asked: Job) -> tensorrt.ITimingCache | None:
+    """The timing cache of this process, with what earlier ones found."""
+    if asked.timing_cache is None:
+        return None
+    file = Path(asked.timing_cache)
+    known = file.read_bytes() if file.is_file() else b""
+    return builder.create_builder_config().create_timing_cache(known)
+
+
 def _build(
-    trt: ModuleType, builder: tensorrt.Builder, logger: tensorrt.ILogger, asked: Job, path: str
+    trt: ModuleType, builder: tensorrt.Builder, logger: tensorrt.ILogger, asked: Job, path: str,
+    timings: tensorrt.ITimingCache | None,
 ) -> tuple[tensorrt.IHostMemory, tensorrt.INetworkDefinition]:
-    """A plan of one ONNX file; the timing cache is read before and written after."""
+    """A plan of one ONNX file; the timing cache is written after."""
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(path):
         raise BuildFailed(_parse_error(parser.get_error(0)))
     config = _config(trt, builder, network, asked)
+    if timings is not None and not config.set_timing_cache(timings, False):
+        raise BuildFailed(
+            f"the timing cache {asked.timing_cache} is of another GPU or TensorRT: remove it"
+        )
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildFailed(f"TensorRT parsed {Path(path).name} but built no engine from it")
-    if asked.timing_cache is not None:
+    if timings is not None:
         file = Path(asked.timing_cache)
         with clear_disk_errors(file, writable=True):
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, bytes(config.get_timing_cache().serialize()))
+            write_atomic(file, bytes(timings.serialize()))
     return plan, network
 
 
@@ -139,13 +156,6 @@ def _config(
         _weak_types(trt, network, config, asked.half)
     if asked.batches is not None:
         config.add_optimization_profile(_profile(builder, network, *asked.batches))
-    if asked.timing_cache is not None:
-        file = Path(asked.timing_cache)
-        known = file.read_bytes() if file.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(known), False):
-            raise BuildFailed(
-                f"the timing cache {file} is of another GPU or TensorRT: remove it"
-            )
     if hasattr(trt, "IProgressMonitor"):  # 8.6 has none
         config.progress_monitor = _progress(trt)
     return config
@@ -161,7 +171,9 @@ def _weak_types(
         return
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    kept = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2)
+    kept = (
+        trt.LayerType.CAST, trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2
+    )
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         kinds = {layer.get_output(i).dtype for i in range(layer.num_outputs)}

@@ -14,6 +14,8 @@ quietly running something slower.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,8 +75,24 @@ def lower(source: Path, target: Path, form: Form, sm: int, batch: int = 1) -> Co
     if form == "launcher":
         to_opset_17(model)
     passes.RemoveUnusedNodesPass()(model)
-    ir.save(model, target, external_data=f"{target.name}.data", size_threshold_bytes=1024)
+    _save(model, source, target)
     return counts
+
+
+def _save(model: ir.Model, source: Path, target: Path) -> None:
+    """Write the graph; weights beside the source are linked, not copied, where that is possible.
+
+    Large ones are gigabytes, and only TensorRT's own parser reads this file, which takes links.
+    """
+    data = source.with_name(f"{source.name}.data")
+    if not data.is_file():
+        ir.save(model, target, external_data=f"{target.name}.data", size_threshold_bytes=1024)
+        return
+    try:
+        os.link(data, target.with_name(data.name))
+    except OSError:  # another file system
+        shutil.copyfile(data, target.with_name(data.name))
+    ir.save(model, target)
 
 
 def _require_triton() -> None:
@@ -186,7 +204,7 @@ def launch_attributes(compiled: Compiled, call: Call) -> dict[str, str | int | l
         call: this one.
     """
     shapes = [spec.shape[1:] for spec in call.outputs.values()]
-    fields: dict[str, str | int | list[int]] = {
+    return {
         "plugin_namespace": DOMAIN,
         "plugin_version": "1",
         "kernel": compiled.name,
@@ -197,12 +215,11 @@ def launch_attributes(compiled: Compiled, call: Call) -> dict[str, str | int | l
         "block": compiled.block,
         "shared": compiled.shared,
         "input_types": " ".join(call.inputs.values()),
+        "extras": " ".join(str(call.extras[name]) for name in call.kernel.extras),
         "output_types": " ".join(spec.dtype for spec in call.outputs.values()),
         "output_ranks": [len(shape) for shape in shapes],
         "output_dims": [n for shape in shapes for n in shape],
     }
-    extras = [call.extras[name] for name in call.kernel.extras]
-    return {**fields, "extras": extras} if extras else fields
 
 
 def kernel_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, Mapping[str, object]]]:

@@ -74,7 +74,7 @@ class TrtRunner:
         self.trt = load_tensorrt()
         self.device = Device()
         self.source = plan
-        self._before = self.device.used_bytes()
+        before = self.device.used_bytes()
         if launcher is not None:
             load_launcher(self.trt, launcher)
         logger = self.trt.Logger(self.trt.Logger.ERROR)
@@ -88,6 +88,8 @@ class TrtRunner:
         self.context = self.engine.create_execution_context()
         if self.context is None:
             raise EnvironmentUnable(f"no memory for the activations of {plan.name} on the GPU")
+        # Memory is counted for the whole device: only here is nobody else expected to take any.
+        self._engine_bytes = self.device.used_bytes() - before
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         inputs = self.trt.TensorIOMode.INPUT
         self.input_names = tuple(n for n in names if self.engine.get_tensor_mode(n) == inputs)
@@ -168,7 +170,7 @@ class TrtRunner:
 
     def memory_bytes(self) -> int:
         """Device memory that this engine takes: weights, activations, inputs and outputs."""
-        return self.device.used_bytes() - self._before
+        return self._engine_bytes + sum(size for _, size in self._memory.values())
 
     def _set_inputs(self, feeds: Mapping[str, np.ndarray]) -> None:
         missing = sorted(set(self.input_names) - set(feeds))

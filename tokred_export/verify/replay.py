@@ -56,7 +56,9 @@ def in_dtype(model: Mamba2, dtype: torch.dtype) -> Mamba2:
     twin.load_state_dict(state, strict=True, assign=True)
     if not model.spec.conv_bias:  # a buffer of zeros then, which is in no state dict
         for block in twin.layers:
-            block.conv_bias = torch.zeros(model.spec.conv_dim, dtype=dtype)
+            block.conv_bias = torch.zeros(
+                model.spec.conv_dim, dtype=dtype, device=model.embedding.weight.device
+            )
     return twin.eval().requires_grad_(False)
 
 
@@ -70,14 +72,16 @@ def replay(
     choice does not make all later ones incomparable.
 
     Args:
-        model: in any precision.
+        model: in any precision, on any device.
         input_ids: int32 [B, L].
         prompt_len: int32 [B].
         choices: one a site.
     """
     sites: list[SiteView] = []
-    out = model(input_ids, prompt_len, choices, _watch(model, sites))
-    outputs = {"logits": to_numpy(out.logits), "kept_positions": out.kept_positions.numpy()}
+    device = model.embedding.weight.device
+    given = [Choice(*(tensor.to(device) for tensor in choice)) for choice in choices]
+    out = model(input_ids.to(device), prompt_len.to(device), given, _watch(model, sites))
+    outputs = {"logits": to_numpy(out.logits), "kept_positions": to_numpy(out.kept_positions)}
     for i, (conv, ssm) in enumerate(zip(out.conv_states, out.ssm_states, strict=True)):
         outputs[f"present.conv_state.{i}"] = to_numpy(conv)
         outputs[f"present.ssm_state.{i}"] = to_numpy(ssm)
@@ -96,12 +100,14 @@ def _watch(model: Mamba2, sites: list[SiteView]) -> Observe:
         if method.score is not None:
             score = method.score(y, pads, ops)
             low, _ = ops.token_split(score, pads, method.lower_count(site), tail)
-            lower = torch.zeros(score.shape, dtype=torch.bool).scatter(1, low.long(), True).numpy()
-            score = score.numpy()
+            lower = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+            lower = lower.scatter(1, low.long(), True).cpu().numpy()
+            score = score.cpu().numpy()
         if method.links:
             unit = hidden.to(accumulate(hidden.dtype))
-            unit = unit / unit.norm(dim=2, keepdim=True).clamp(min=SMALLEST_NORM)
-        sites.append(SiteView(pads.numpy(), choice, score, lower, unit))
+            unit = (unit / unit.norm(dim=2, keepdim=True).clamp(min=SMALLEST_NORM)).cpu()
+        on_host = Choice(*(tensor.cpu() for tensor in choice))
+        sites.append(SiteView(pads.cpu().numpy(), on_host, score, lower, unit))
 
     return observe
 
@@ -109,7 +115,7 @@ def _watch(model: Mamba2, sites: list[SiteView]) -> Observe:
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """The same values; 16-bit floats as float32, since numpy has no bfloat16."""
     wide = tensor.dtype in (torch.float16, torch.bfloat16)
-    return (tensor.float() if wide else tensor).numpy()
+    return (tensor.float() if wide else tensor).cpu().numpy()
 
 
 def choices_of(found: Mapping[str, np.ndarray], n_sites: int) -> list[Choice]:

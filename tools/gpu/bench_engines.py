@@ -1,0 +1,296 @@
+"""Build, verify and time TensorRT engines of random models, beside mamba-ssm on the same weights.
+
+    python tools/gpu/bench_engines.py --models 130m --batches 1 8 --out speed.jsonl --work /tmp/bench
+
+One line of JSON a case goes to --out: a model, a batch and a share of FLOPs to save (0 is the
+dense engine). Parity is measured first, against eager PyTorch in float32 made of plain functions,
+on the engine's own choices; an engine that fails it is not timed. Then eager mamba-ssm, mamba-ssm
+in a CUDA graph and all engines of one batch are timed in turns. A timed sample is the last of
+three calls in a row, each waited for, with inputs and outputs on the GPU; the engines replay a
+CUDA graph too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from random_checkpoint import write_random  # noqa: E402
+from tokred_plugins.opset import PLAIN  # noqa: E402
+
+from tokred_export import pipeline  # noqa: E402
+from tokred_export.backends import tensorrt  # noqa: E402
+from tokred_export.backends.common import EngineInfo  # noqa: E402
+from tokred_export.pipeline import Line  # noqa: E402
+from tokred_export.runtime.remote import RemoteRunner  # noqa: E402
+from tokred_export.runtime.trt import LAUNCHER_FILE  # noqa: E402
+from tokred_export.specs import BuildSpec, ReductionSpec  # noqa: E402
+from tokred_export.verify.judge import judge_case, tolerance_for  # noqa: E402
+from tokred_export.verify.parity import measure_case  # noqa: E402
+from tokred_export.verify.records import Latency, ParityCase  # noqa: E402
+from tokred_export.verify.speed import Milliseconds, interleave  # noqa: E402
+
+
+def say(what: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {what}", flush=True)
+
+
+def line_of(options: argparse.Namespace, model: str, batch: int, share: float) -> Line:
+    """The line of one case, its checkpoint loaded."""
+    folder = None if model == "demo" else options.work / model
+    if folder is not None and not (folder / "config.json").is_file():
+        write_random(folder, model, dtype="float16", device="cuda")
+    spec = BuildSpec(
+        model=None if folder is None else str(folder), seq_lens=(options.length,),
+        reduction=ReductionSpec(
+            target=share, method=options.method if share else "none", round_to=options.round_to
+        ),
+        max_batch=batch, dtype="float16", backends=(),
+    )
+    return Line(spec, pipeline.load_checkpoint(spec.model), pipeline.Cache())
+
+
+class Engine:
+    """One engine of a case, open and verified."""
+
+    def __init__(self, options: argparse.Namespace, model: str, batch: int, share: float) -> None:
+        self.share, self.batch = share, batch
+        begun = time.perf_counter()
+        self.line = line_of(options, model, batch, share)
+        self.schedule = pipeline.schedules(self.line)[options.length]
+        self.folder = options.work / f"{model}-{batch}-{share:g}"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        onnx = self._export()
+        exported = time.perf_counter() - begun
+        self.info: EngineInfo = tensorrt.build(
+            onnx, self.folder, max_batch=batch, level=options.level,
+            timing_cache=options.timing_cache, products_first=options.products_first,
+        )
+        self.built_s = self.info.seconds
+        say(f"{model} batch {batch} {share:g}: exported in {exported:.0f} s, built in "
+            f"{self.built_s:.0f} s, {self.info.options['plugins']} plugins")
+        shutil.rmtree(onnx.parent)
+        self.runner = RemoteRunner(
+            self.folder / self.info.file, self.folder / LAUNCHER_FILE,
+            tensorrt.interpreter(), tensorrt.interpreter_environment(),
+        )
+
+    def _export(self) -> Path:
+        folder = self.folder / "onnx"
+        folder.mkdir()
+        name = pipeline.component_name(self.schedule.length)
+        model = pipeline.eager(self.line, self.schedule)
+        pipeline.export_prefill(
+            model, self.schedule.length, self.batch, folder / f"{name}.onnx"
+        )
+        return folder / f"{name}.onnx"
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        """Prompts that fill the bucket."""
+        random = np.random.default_rng(0)
+        vocabulary = self.line.checkpoint.spec.vocab_size
+        ids = random.integers(0, vocabulary, (self.batch, self.schedule.length), dtype=np.int32)
+        return {
+            "input_ids": ids, "prompt_len": np.full(self.batch, self.schedule.length, np.int32)
+        }
+
+    def parity(self) -> ParityCase:
+        """Against float32 eager on the GPU; the last row of a batch is two thirds padding."""
+        feeds = self.feeds()
+        if self.batch > 1:
+            feeds["prompt_len"][-1] //= 3
+        schedule = self.schedule if self.schedule.sites else None
+        model = pipeline.eager(self.line, schedule, "float32", PLAIN).cuda()
+        return measure_case(
+            model, self.runner.run, self.info.component, feeds["input_ids"], feeds["prompt_len"],
+            "random ids", "float16",
+        )
+
+    def timed(self) -> Milliseconds:
+        """One sample."""
+        return Milliseconds(self.runner.latencies(3)[-1])
+
+
+def parity_summary(case: ParityCase) -> dict:
+    """What speed.jsonl keeps of a parity case."""
+    logits = next(t for t in case.tensors if t.name == "logits")
+    states = [t for t in case.tensors if t.name.startswith("present.")]
+    worst = max(states, key=lambda t: t.rel_l2)
+    return {
+        "logits_rel_l2": logits.rel_l2, "noise_floor": logits.noise_rel_l2,
+        "kept_agreement": case.kept_jaccard, "states_max_rel": worst.rel_l2,
+        "states_noise_floor": worst.noise_rel_l2,
+        "same_source": [round(s.same_source, 4) for s in case.sites],
+        "flips": sum(len(s.flips) for s in case.sites),
+        "wrong": list(judge_case(case, tolerance_for("float16")))[:5],
+    }
+
+
+def product_shapes(engine: Engine) -> list[tuple[int, int, int]]:
+    """(rows, inner, columns) of every projection; the last out_proj sees one token a row."""
+    spec = engine.line.checkpoint.spec
+    shapes = []
+    counts = engine.schedule.tokens_entering(spec.n_layer)
+    for layer, tokens in enumerate(counts):
+        rows = engine.batch * tokens
+        shapes.append((rows, spec.d_model, spec.in_proj_dim))
+        last = engine.batch if layer == spec.n_layer - 1 else rows
+        shapes.append((last, spec.d_inner, spec.d_model))
+    return shapes
+
+
+def run_batch(options: argparse.Namespace, model: str, batch: int) -> Iterator[dict]:
+    """All cases of one model and batch."""
+    engines: list[Engine] = []
+    parities = {}
+    for share in options.shares:
+        engine = Engine(options, model, batch, share)
+        engines.append(engine)
+        case = engine.parity()
+        torch.cuda.empty_cache()
+        parities[share] = parity_summary(case)
+        say(f"parity {share:g}: {parities[share]}")
+    calls, memory, floors = {}, {}, {}
+    for engine in engines:
+        engine.runner.run(engine.feeds())
+        calls[f"engine {engine.share:g}"] = engine.timed
+        floors[engine.share] = floor_of(product_shapes(engine))
+    if options.baseline and model != "demo":
+        memory["mamba_ssm"] = add_baseline(calls, engines[0])
+    latencies = {x.name: x for x in interleave(calls, options.samples, 3, options.seconds)}
+    for engine in engines:
+        yield record(options, model, engine, latencies, parities[engine.share],
+                     floors[engine.share], memory)
+        profile(options, model, engine)
+        engine.runner.close()
+
+
+def floor_of(shapes: list[tuple[int, int, int]]) -> float | None:
+    """The projections alone, where mamba-ssm's helpers are here."""
+    with contextlib.suppress(ImportError):
+        from mamba_baseline import product_floor
+
+        found = product_floor(shapes, torch.float16)
+        torch.cuda.empty_cache()
+        return found
+    return None
+
+
+def add_baseline(calls: dict, engine: Engine) -> float:
+    """mamba-ssm eager and in a graph among the calls; its peak memory in GB."""
+    from mamba_baseline import mamba_model, timed_calls
+
+    torch.cuda.reset_peak_memory_stats()
+    model = mamba_model(engine.line.checkpoint, torch.bfloat16)
+    ids = torch.from_numpy(engine.feeds()["input_ids"]).long().cuda()
+    with torch.inference_mode():
+        model(ids, num_last_tokens=1)
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    calls["eager"], calls["graph"], _ = timed_calls(model, ids)
+    return peak
+
+
+def record(
+    options: argparse.Namespace, model: str, engine: Engine, latencies: dict[str, Latency],
+    parity: dict, floor: float | None, memory: dict[str, float],
+) -> dict:
+    """One line of speed.jsonl."""
+    mine = latencies[f"engine {engine.share:g}"]
+    eager, graph = latencies.get("eager"), latencies.get("graph")
+    info = engine.info
+    plugins = {k.removeprefix("plugins."): n for k, n in info.options.items() if "plugins." in k}
+    found = {
+        "model": model, "batch": engine.batch, "length": engine.schedule.length,
+        "length_out": engine.schedule.length_out, "flops_reduction": engine.share,
+        "method": engine.schedule.method, "runtime": f"TensorRT {info.version}",
+        "dtype": "float16", "plugins": {"count": info.options["plugins"], **plugins},
+        "median_ms": mine.median_ms, "p95_ms": mine.p95_ms, "drift": mine.drift,
+        "samples": len(mine.samples_ms),
+        "eager_ms": eager and eager.median_ms, "graph_ms": graph and graph.median_ms,
+        "gemm_floor_ms": floor, "peak_gb": engine.runner.memory_bytes() / 1e9,
+        "mamba_ssm_peak_gb": memory.get("mamba_ssm"), "build_s": info.seconds,
+        "builder_s": info.options["builder_seconds"], "level": options.level,
+        "plan_mb": info.bytes / 1e6, "parity": parity, "gpu": torch.cuda.get_device_name(),
+        "versions": versions(), "commit": options.commit,
+    }
+    ratios = "" if eager is None else (
+        f", {eager.median_ms / mine.median_ms:.2f}x eager, "
+        f"{graph.median_ms / mine.median_ms:.2f}x graph ({graph.median_ms:.3f})"
+    )
+    say(f"{model} batch {engine.batch} {engine.share:g}: {mine.median_ms:.3f} ms{ratios}, "
+        f"products {floor and round(floor, 3)} ms, {found['peak_gb']:.2f} GB")
+    return found
+
+
+def profile(options: argparse.Namespace, model: str, engine: Engine) -> None:
+    """Time by kind of layer, in a file and the largest on the screen."""
+    times: dict[str, float] = {}
+    for name, ms in engine.runner.profile(5).items():
+        kind = name.rpartition("/")[2] if "/" in name else name
+        times[kind] = times.get(kind, 0.0) + ms
+    kinds = sorted(times.items(), key=lambda item: -item[1])
+    file = options.out.with_suffix(".profile.json")
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    known[f"{model} batch {engine.batch} {engine.share:g}"] = dict(kinds)
+    file.write_text(json.dumps(known, indent=1))
+    say("  " + ", ".join(f"{name[:40]} {ms:.3f}" for name, ms in kinds[:14]))
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the times."""
+    import triton
+
+    found = {"torch": torch.__version__, "triton": triton.__version__,
+             "cuda": str(torch.version.cuda), "tensorrt": tensorrt.installed_version()}
+    with contextlib.suppress(ImportError):
+        from mamba_ssm import __version__
+
+        found["mamba_ssm"] = __version__
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["130m"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.0, 0.3])
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--method", default="utrc")
+    parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--level", type=int, help="TensorRT's builder optimisation level")
+    parser.add_argument("--timing-cache", type=Path)
+    parser.add_argument("--products-first", action="store_true")
+    parser.add_argument("--samples", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--no-baseline", dest="baseline", action="store_false")
+    parser.add_argument("--commit", default=os.environ.get("TOKRED_COMMIT", "unknown"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for model in options.models:
+        for batch in options.batches:
+            for found in run_batch(options, model, batch):
+                failed |= bool(found["parity"]["wrong"])
+                with options.out.open("a") as out:
+                    out.write(json.dumps(found) + "\n")
+            torch.cuda.empty_cache()
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
