@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokred_export.backends import onnxruntime, tensorrt_rtx
+from tokred_export.backends import onnxruntime, tensorrt, tensorrt_rtx
 from tokred_export.backends.common import Availability
 from tokred_export.environment import environment
 from tokred_export.specs import Spec
@@ -30,6 +30,7 @@ def diagnose() -> Diagnosis:
     backends = {
         "onnxruntime (CPU)": onnxruntime.available("cpu"),
         "onnxruntime (CUDA)": onnxruntime.available("cuda"),
+        "tensorrt": tensorrt.available(),
         "tensorrt-rtx": tensorrt_rtx.available(),
     }
     return Diagnosis(backends=backends, machine=machine)

@@ -83,6 +83,10 @@ def _check_request(spec: BuildSpec) -> None:
         )
     if "onnxruntime" in spec.backends:
         require_provider(spec.device)  # before the work, not after it
+    if "tensorrt" in spec.backends:
+        from tokred_export.backends import tensorrt
+
+        tensorrt.require()
     if "tensorrt-rtx" in spec.backends:
         from tokred_export.backends import tensorrt_rtx
 
@@ -152,7 +156,8 @@ def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
     """The folder of one engine, in the cache; its name is the one it has in a bundle."""
     build, folder_name = _builder(line, backend)
     key = stage_key(stage="engine", backend=backend, onnx=onnx_path.parent.parent.name,
-                    max_batch=line.spec.max_batch, folder=folder_name)  # fmt: skip
+                    max_batch=line.spec.max_batch, folder=folder_name,
+                    opt_level=line.spec.opt_level)  # fmt: skip
 
     def make(folder: Path) -> None:
         build(onnx_path, folder / folder_name)
@@ -172,6 +177,17 @@ def _builder(line: Line, backend: Backend) -> tuple[Callable[[Path, Path], objec
             return onnxruntime.build(onnx_path, folder, provider=device)
 
         return optimise, onnxruntime.folder_name(device)
+    if backend == "tensorrt":
+        from tokred_export.backends import tensorrt
+
+        spec = line.spec
+
+        def compile_kernels(onnx_path: Path, folder: Path) -> object:
+            return tensorrt.build(
+                onnx_path, folder, max_batch=spec.max_batch, level=spec.opt_level
+            )
+
+        return compile_kernels, tensorrt.folder_name()
     from tokred_export.backends import tensorrt_rtx
 
     def build(onnx_path: Path, folder: Path) -> object:

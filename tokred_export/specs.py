@@ -140,7 +140,7 @@ class ReductionSchedule(Spec, kw_only=True):
         return tuple(counts)
 
 
-Backend = Literal["onnxruntime", "tensorrt-rtx"]
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 
 class BuildSpec(Spec, kw_only=True):
@@ -162,6 +162,8 @@ class BuildSpec(Spec, kw_only=True):
     # bodies on a CPU, 64 and 128 took about the same time at 130m and 32 took more; compare with
     # tools/bench_cpu.py --chunk-size.
     chunk_size: int = 64
+    # TensorRT's builder optimisation level, 0 to 5; None for its default.
+    opt_level: int | None = None
 
     @property
     def tensor_dtype(self) -> Dtype:

@@ -12,15 +12,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from tokred_export.backends.common import (
     Availability,
@@ -37,41 +35,13 @@ from tokred_export.backends.tensorrt_build import Job
 from tokred_export.cache import default_root
 from tokred_export.disk import clear_disk_errors
 from tokred_export.errors import EnvironmentUnable, InvalidRequest
-from tokred_export.runtime.trt import LAUNCHER_FILE
+from tokred_export.runtime import tensorrt_python as python
+from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE
 
 NAME = "tensorrt"
 QUICK_SINCE = (10, 15)
 OLDEST = (8, 6)
 _MODULE = "tokred_export.backends.tensorrt_build"
-_ASK_VERSION = "import tensorrt; print(tensorrt.__version__)"
-
-
-def interpreter() -> str:
-    """The Python that has TensorRT."""
-    return os.environ.get("TOKRED_TENSORRT_PYTHON") or sys.executable
-
-
-def interpreter_environment() -> dict[str, str]:
-    """Variables with which that Python finds this package and the plugins."""
-    import tokred_plugins
-
-    roots = {str(Path(__file__).parents[2]), str(Path(tokred_plugins.__file__).parents[1])}
-    # This process's own path may hold packages for its own Python only.
-    known = os.environ.get("PYTHONPATH") if interpreter() == sys.executable else None
-    return {"PYTHONPATH": os.pathsep.join([*sorted(roots), *([known] if known else [])])}
-
-
-@cache
-def installed_version() -> str | None:
-    """TensorRT's version in that Python; None where it cannot be imported."""
-    try:
-        done = subprocess.run(
-            [interpreter(), "-c", _ASK_VERSION], capture_output=True, text=True, check=True,
-            timeout=120,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[-1]
 
 
 def release(version: str) -> tuple[int, int]:
@@ -95,7 +65,7 @@ def launcher_path() -> Path:
 
 def available() -> Availability:
     """Whether TensorRT is installed and can build here, and in plain words why or why not."""
-    version, gpus = installed_version(), list_gpus()
+    version, gpus = python.installed_version(), list_gpus()
     reason = _obstacle(version, bool(gpus))
     usable = reason is None
     if usable:
@@ -107,10 +77,7 @@ def available() -> Availability:
 def _obstacle(version: str | None, has_gpu: bool) -> str | None:
     """Why nothing can be built here, if so."""
     if version is None:
-        return (
-            f"TensorRT cannot be imported by {interpreter()}: install the package tensorrt there, "
-            "or name another Python in TOKRED_TENSORRT_PYTHON"
-        )
+        return python.missing()
     if release(version) < OLDEST:
         return f"TensorRT {version} is too old, expected 8.6 or newer"
     if not has_gpu:
@@ -193,7 +160,7 @@ def build(
                 onnx=str(lowered), plan=str(folder / plan.name),
                 outcome=str(folder / "outcome.json"), form=form,
                 launcher=str(launcher_path()) if form == "launcher" else None,
-                half=half, expected=dict(expected),
+                half=half, wide=wide_nodes(lowered) if half else (), expected=dict(expected),
                 batches=(1, max_batch) if _is_open(graph) else None,
                 timing_cache=str(timing_cache or timing_cache_path()), level=level,
                 products=write_products(lowered, folder / "products") if products_first else (),
@@ -227,7 +194,7 @@ def build(
 
 def _run(asked: Job) -> Outcome:
     return run_job(
-        asked, (interpreter(), "-m", _MODULE), "TensorRT", NAME, interpreter_environment()
+        asked, (python.interpreter(), "-m", _MODULE), "TensorRT", NAME, python.environment()
     )
 
 
@@ -239,6 +206,15 @@ def _check_dtype(graph: onnx.ModelProto, version: str) -> bool:
             f"TensorRT {version} has no bfloat16: build with --dtype float16"
         )
     return kinds[onnx.TensorProto.FLOAT16] > 0
+
+
+def wide_nodes(lowered: Path) -> tuple[str, ...]:
+    """Names of the standard-op nodes whose results are all float32."""
+    model = ir.load(lowered)
+    return tuple(
+        node.name for node in model.graph
+        if not node.domain and {value.dtype for value in node.outputs} == {ir.DataType.FLOAT}
+    )
 
 
 def _is_open(graph: onnx.ModelProto) -> bool:

@@ -38,6 +38,7 @@ class Job(job.Job, kw_only=True):
         form: "quick" or "launcher".
         launcher: the launcher plugin, for that form.
         half: weights are 16 bit: TensorRT 8.6 needs to be told that it may use them.
+        wide: nodes of a 16-bit file that compute in float32, which it must be told too.
         expected: kernel -> nodes of the file; each must become a plugin layer.
         batches: least and most, for a graph whose batch is open.
         timing_cache: read if it is there, written at the end.
@@ -52,6 +53,7 @@ class Job(job.Job, kw_only=True):
     form: str
     launcher: str | None = None
     half: bool = True
+    wide: tuple[str, ...] = ()
     expected: dict[str, int]
     batches: tuple[int, int] | None = None
     timing_cache: str | None = None
@@ -153,7 +155,7 @@ def _config(
     if version_of(trt) < (10, 0):
         # The graph's products need no cuBLAS or cuDNN, which a deployment may not have.
         config.set_tactic_sources(0)
-        _weak_types(trt, network, config, asked.half)
+        _weak_types(trt, network, config, asked)
     if asked.batches is not None:
         config.add_optimization_profile(_profile(builder, network, *asked.batches))
     if hasattr(trt, "IProgressMonitor"):  # 8.6 has none
@@ -163,21 +165,21 @@ def _config(
 
 def _weak_types(
     trt: ModuleType, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig,
-    half: bool,
+    asked: Job,
 ) -> None:
-    """TensorRT 8 picks precisions itself; hold it to those of the file."""
+    """TensorRT 8 picks precisions itself; hold it to those of the file.
+
+    Types of the network's own tensors are no help: those behind a plugin count as float32 there.
+    """
     config.clear_flag(trt.BuilderFlag.TF32)
-    if not half:
+    if not asked.half:
         return
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    kept = (
-        trt.LayerType.CAST, trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2
-    )
+    wide = set(asked.wide)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        kinds = {layer.get_output(i).dtype for i in range(layer.num_outputs)}
-        if layer.type not in kept and kinds == {trt.float32}:
+        if layer.name in wide and layer.type != trt.LayerType.CAST:
             layer.precision = trt.float32
             for i in range(layer.num_outputs):
                 layer.set_output_type(i, trt.float32)

@@ -37,7 +37,7 @@ from tokred_export.specs import BuildSpec, ReductionSpec
 )
 @click.option(
     "--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True,
-    type=click.Choice(["onnxruntime", "tensorrt-rtx"]), help="Engines to build.",
+    type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]), help="Engines to build.",
 )
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
@@ -46,6 +46,10 @@ from tokred_export.specs import BuildSpec, ReductionSpec
 @click.option(
     "--chunk-size", default=64, show_default=True, type=click.IntRange(1),
     help="Tokens a chunk of the exported scan.",
+)
+@click.option(
+    "--opt-level", type=click.IntRange(0, 5),
+    help="TensorRT's builder optimisation level; lower builds faster  [default: TensorRT's]",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: all usable]")
 @click.option("--no-verify", is_flag=True, help="Do not measure parity, nor speed.")
@@ -71,6 +75,7 @@ def command(
     backends: tuple[str, ...],
     device: str,
     chunk_size: int,
+    opt_level: int | None,
     threads: int | None,
     no_verify: bool,
     no_bench: bool,
@@ -92,7 +97,7 @@ def command(
     spec = BuildSpec(
         model=model, revision=revision, seq_lens=seq_lens, max_batch=max_batch, dtype=dtype,
         logits=logits, backends=backends, device=device, chunk_size=chunk_size,
-        reduction=ReductionSpec(**reduction),
+        opt_level=opt_level, reduction=ReductionSpec(**reduction),
     )
     result = building.build(
         spec, out, command=_console.command_line(), force=force, threads=threads,

@@ -44,7 +44,7 @@ def command(bundle: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
         ],
     )
     engines = []
-    for backend in ("onnxruntime", "tensorrt-rtx"):
+    for backend in ("onnxruntime", "tensorrt", "tensorrt-rtx"):
         for folder in engine_folders(found, backend):
             for info in read_engines(found.path / folder).values():
                 size = f"{info.bytes / 1e6:.1f}"

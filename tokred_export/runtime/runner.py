@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from tokred_export.backends.common import ENGINE_FILE, EngineInfo, read_engines
+from tokred_export.backends.common import ENGINE_FILE, EngineInfo, list_gpus, read_engines
 from tokred_export.bundle import Bundle, rebuild_hint
 from tokred_export.errors import BundleError, InvalidRequest
+from tokred_export.runtime import tensorrt_python
 from tokred_export.runtime.ort import Device, OrtRunner, load_onnxruntime, open_session
+from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,10 +58,14 @@ def open_runner(
     if component not in bundle.manifest.components:
         known = ", ".join(sorted(bundle.manifest.components))
         raise InvalidRequest(f"the bundle has no component {component!r}: name one of {known}")
+    if backend == "tensorrt":
+        runner = _open_tensorrt(bundle, component)
+        _check_names(bundle, component, runner)
+        return runner
     if backend != "onnxruntime":
         raise InvalidRequest(
-            f"no runner for the backend {backend!r}, expected onnxruntime: run its engines with "
-            "that backend's own tools"
+            f"no runner for the backend {backend!r}, expected onnxruntime or tensorrt: run its "
+            "engines with that backend's own tools"
         )
     path = bundle.path / bundle.manifest.components[component].file
     if engine != "ignore":
@@ -128,6 +134,36 @@ def _find_engine(
             found, rebuild_hint(bundle.manifest),
         )  # fmt: skip
     return None
+
+
+def _open_tensorrt(bundle: Bundle, component: str) -> Runner:
+    """The TensorRT engine of a component: here, or in the Python that has TensorRT.
+
+    Raises:
+        BundleError: the bundle has no engine that fits this machine.
+        EnvironmentUnable: TensorRT or a GPU is missing.
+    """
+    version = tensorrt_python.require_version()
+    gpu = next(iter(list_gpus()), None)
+    target = f"sm{gpu.sm}" if gpu else "no GPU"
+    misfits = []
+    for folder in engine_folders(bundle, "tensorrt"):
+        info = read_engines(bundle.path / folder).get(component)
+        if info is None:
+            continue
+        misfit = engine_misfit(info, bundle, version, target)
+        if misfit is None:
+            plan = _engine_file(bundle, folder, info)
+            launcher = plan.with_name(LAUNCHER_FILE)
+            return tensorrt_python.open_engine(
+                plan, launcher if LAUNCHER_FILE in info.files else None
+            )
+        misfits.append(f"{folder} {misfit}")
+    found = "; ".join(misfits) or f"the bundle has none for {component}"
+    raise BundleError(
+        f"no TensorRT engine fits here: {found}; expected one for TensorRT {version} on {target}: "
+        f"on this machine, {rebuild_hint(bundle.manifest)}"
+    )
 
 
 def _check_names(bundle: Bundle, component: str, runner: Runner) -> None:

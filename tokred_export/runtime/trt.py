@@ -18,8 +18,6 @@ import numpy as np
 from tokred_export.errors import BundleError, EnvironmentUnable, InvalidRequest
 from tokred_export.runtime.device import Device
 
-LAUNCHER_FILE = "libtokred_launcher.so"
-
 
 def load_tensorrt() -> ModuleType:
     """Import tensorrt.

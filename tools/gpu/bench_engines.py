@@ -1,6 +1,6 @@
 """Build, verify and time TensorRT engines of random models, beside mamba-ssm on the same weights.
 
-    python tools/gpu/bench_engines.py --models 130m --batches 1 8 --out speed.jsonl --work /tmp/bench
+    python tools/gpu/bench_engines.py --models 130m --batches 1 8 --out FILE --work FOLDER
 
 One line of JSON a case goes to --out: a model, a batch and a share of FLOPs to save (0 is the
 dense engine). Parity is measured first, against eager PyTorch in float32 made of plain functions,
@@ -34,8 +34,9 @@ from tokred_export import pipeline  # noqa: E402
 from tokred_export.backends import tensorrt  # noqa: E402
 from tokred_export.backends.common import EngineInfo  # noqa: E402
 from tokred_export.pipeline import Line  # noqa: E402
+from tokred_export.runtime import tensorrt_python as python  # noqa: E402
 from tokred_export.runtime.remote import RemoteRunner  # noqa: E402
-from tokred_export.runtime.trt import LAUNCHER_FILE  # noqa: E402
+from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE  # noqa: E402
 from tokred_export.specs import BuildSpec, ReductionSpec  # noqa: E402
 from tokred_export.verify.judge import judge_case, tolerance_for  # noqa: E402
 from tokred_export.verify.parity import measure_case  # noqa: E402
@@ -83,9 +84,10 @@ class Engine:
         say(f"{model} batch {batch} {share:g}: exported in {exported:.0f} s, built in "
             f"{self.built_s:.0f} s, {self.info.options['plugins']} plugins")
         shutil.rmtree(onnx.parent)
+        launcher = self.folder / LAUNCHER_FILE
         self.runner = RemoteRunner(
-            self.folder / self.info.file, self.folder / LAUNCHER_FILE,
-            tensorrt.interpreter(), tensorrt.interpreter_environment(),
+            self.folder / self.info.file, launcher if launcher.is_file() else None,
+            python.interpreter(), python.environment(),
         )
 
     def _export(self) -> Path:
@@ -254,7 +256,7 @@ def versions() -> dict[str, str]:
     import triton
 
     found = {"torch": torch.__version__, "triton": triton.__version__,
-             "cuda": str(torch.version.cuda), "tensorrt": tensorrt.installed_version()}
+             "cuda": str(torch.version.cuda), "tensorrt": python.installed_version()}
     with contextlib.suppress(ImportError):
         from mamba_ssm import __version__
 
