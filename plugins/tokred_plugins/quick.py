@@ -11,7 +11,7 @@ and this module are not needed to run it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -50,26 +50,26 @@ def register_file(path: Path, target: int) -> tuple[str, ...]:
         ImportError: TensorRT or Triton is not installed.
     """
     calls = read_calls(path)
-    register(calls_of_variants=(found[0] for found in calls.values()), target=target)
+    register([found[0] for found in calls.values()], target)
     return tuple(calls)
 
 
-def register(calls_of_variants: Iterable[Call], target: int) -> None:
+def register(calls: Iterable[Call], target: int) -> None:
     """Register one plugin a kernel variant.
 
     Args:
-        calls_of_variants: any call of each variant: it says how many inputs and outputs.
+        calls: any call of each variant; it says what the inputs and outputs are.
         target: as in :func:`register_file`.
 
     Raises:
-        ValueError: as there.
+        ValueError, ImportError: as there, but for the nodes.
     """
     from tokred_plugins.registry import variant_name
 
     if target not in PTX_VERSIONS:
         known = ", ".join(map(str, PTX_VERSIONS))
         raise ValueError(f"no kernels for compute capability {target / 10}; choose from {known}")
-    for call in calls_of_variants:
+    for call in calls:
         name = variant_name(call)
         before = _registered.get(name)
         if before is None:
@@ -128,29 +128,22 @@ def _register_variant(name: str, call: Call, target: int) -> None:
         return _code(trtp, mine, _compile(mine, target), first.shape_expr[0])
 
     identity = f"{DOMAIN}::{name}"
-    annotate = _Annotator(trtp, tuple(call.inputs), len(call.outputs))
-    trtp.register(identity)(annotate(describe, (), annotate.outputs))
-    trtp.autotune(identity)(annotate(tune, ("outputs",), list[trtp.AutoTuneCombination]))
+    given = {n: trtp.TensorDesc for n in call.inputs} | {ATTRIBUTE: str}
+    made = {"outputs": tuple[(trtp.TensorDesc,) * len(call.outputs)]}
     launch = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    trtp.aot_impl(identity)(annotate(code, ("outputs", "tactic"), launch))
+    trtp.register(identity)(_signed(describe, given, made["outputs"]))
+    trtp.autotune(identity)(_signed(tune, given | made, list[trtp.AutoTuneCombination]))
+    trtp.aot_impl(identity)(_signed(code, given | made | {"tactic": int}, launch))
 
 
-class _Annotator:
-    """Gives a function the signature that TensorRT reads a plugin's inputs and attributes from."""
-
-    def __init__(self, trtp: ModuleType, inputs: tuple[str, ...], outputs: int) -> None:
-        self.outputs = tuple[(trtp.TensorDesc,) * outputs]
-        self._types = {name: trtp.TensorDesc for name in inputs} | {ATTRIBUTE: str}
-        self._more = {"outputs": self.outputs, "tactic": int}
-
-    def __call__(self, function: Callable, more: tuple[str, ...], returns: object) -> Callable:
-        types = self._types | {name: self._more[name] for name in more}
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        function.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, kind, annotation=t) for name, t in types.items()],
-            return_annotation=returns,
-        )
-        return function
+def _signed(function: Callable, parameters: Mapping[str, Any], returns: object) -> Callable:
+    """The function with the signature that NVIDIA's decorators read a plugin's form from."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    function.__signature__ = inspect.Signature(
+        [inspect.Parameter(name, kind, annotation=t) for name, t in parameters.items()],
+        return_annotation=returns,
+    )
+    return function
 
 
 def _describe(

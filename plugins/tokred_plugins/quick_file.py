@@ -48,14 +48,11 @@ def parse_call(text: str, name: str, inputs: int) -> Call:
 
     try:
         call = call_from_json(text.rstrip("\0"))
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{DOMAIN}::{name} is asked for the kernel {error}, expected one of "
-            f"{', '.join(KERNELS)}; export again with this version"
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{DOMAIN}::{name} has an attribute {ATTRIBUTE} that is no call: {error}"
+            f"{DOMAIN}::{name} has an attribute {ATTRIBUTE} that no kernel of this version reads "
+            f"({type(error).__name__}: {error}), expected one of {', '.join(KERNELS)}: export "
+            "again with this version"
         ) from error
     if variant_name(call) != name:
         raise ValueError(

@@ -26,13 +26,14 @@ from nvidia_dimensions import DimsExprs, ExprBuilder, IDimensionExpr, LaunchPara
 from tensorrt_bindings.plugin._lib import PluginDef
 from tokred_plugins import quick
 from tokred_plugins.aot import Compiled, compile_call, compile_key
-from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.kernels import Call, Spec, Tactic
 from tokred_plugins.registry import call_from_json, call_to_json, variant_name
 from tokred_plugins.retune import candidates
 
 from tokred_export.export.lower import kernel_nodes, lower
 
 BATCHES = (1, 3)
+SMALL_TARGET = 86  # a block has 99 KB of shared memory there
 IR_DTYPES = {
     "FLOAT": trt.float32, "FLOAT16": trt.float16, "BFLOAT16": trt.bfloat16, "INT32": trt.int32,
     "BOOL": trt.bool,
@@ -273,6 +274,19 @@ def refusals(target: int) -> dict[str, str]:
     }
 
 
+def fits(target: int) -> dict[str, object]:
+    """The scan of a large model on a GPU with little shared memory: what is left of its tactics."""
+    case = next(iter(cases(MODELS["2.7b"], 1, 2048, "fp16", {"ssd_scan"})))
+    deep = Tactic({"Q": 64, "HEADS": 1}, 4, 6)
+    call = case.launches({"ssd_scan": deep}, segments=1)[-1]
+    alone = replace(call, kernel=replace(call.kernel, tactics=(deep,)))
+    return {
+        "own": str(deep),
+        "offered": [str(choice.tactic) for choice in quick.choices(call, target)],
+        "none": refusal(quick.choices, alone, target),
+    }
+
+
 def definitions() -> dict[str, list]:
     """What NVIDIA's module has read off our functions: inputs, attributes and output count."""
     return {
@@ -289,6 +303,7 @@ def main() -> None:
         "files": {path.stem: file_facts(path, target, descriptions) for path in sources},
         "continued": continued_facts(target, descriptions),
         "refusals": refusals(target),
+        "fits": fits(SMALL_TARGET),
         "definitions": definitions(),
         "creators": sorted(
             creator.name for creator in trt.get_plugin_registry().all_creators

@@ -139,10 +139,10 @@ def test_the_grid_is_a_program_a_sequence(facts):
 
 
 @pytest.mark.parametrize(("what", "says"), [
-    ("unknown kernel", "tokred::add_rms_norm is asked for the kernel 'add_layer_norm', expected"),
+    ("unknown kernel", "no kernel of this version reads (KeyError: 'add_layer_norm'), expected"),
     ("call of another", "is given the call of token_norm, expected its own"),
     ("two inputs", "tokred::add_rms_norm has 2 inputs, expected 3: hidden, residual, weight"),
-    ("no call", "attribute call that is no call"),
+    ("no call", "attribute call that no kernel of this version reads (JSONDecodeError"),
     ("another GPU", "registered for sm_90 in this process, expected sm_80"),
     ("unknown GPU", "no kernels for compute capability 7.5; choose from 80, 86"),
 ])  # fmt: skip
@@ -150,6 +150,14 @@ def test_refusals(facts, what, says):
     """Through NVIDIA's creator too, the reason is named."""
     assert facts["refusals"][what].startswith("ValueError: ")
     assert says in facts["refusals"][what]
+
+
+def test_only_tactics_that_fit_are_offered(facts):
+    """Where the node's own needs too much shared memory the others remain, if there are any."""
+    fits = facts["fits"]
+    assert fits["own"] not in fits["offered"] and len(fits["offered"]) > 1
+    assert fits["none"].startswith("ValueError: no tactic fits: ssd_scan with")
+    assert "a block of sm_86 has at most 101376" in fits["none"]
 
 
 def test_the_bindings_alone_are_no_tensorrt():
