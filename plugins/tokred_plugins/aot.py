@@ -27,6 +27,10 @@ SHARED_LIMITS = {
 HIDDEN_POINTERS = 2
 
 
+class DoesNotFit(ValueError):
+    """A tactic needs more shared memory than a block of the GPU can have."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a PTX entry.
@@ -101,7 +105,8 @@ def compile_call(call: Call, target: int, strip: bool = True) -> Compiled:
         strip: take Triton's two hidden pointers out of the entry.
 
     Raises:
-        ValueError: an unknown target, or a tactic that needs more shared memory than it has.
+        ValueError: an unknown target.
+        DoesNotFit: a tactic that needs more shared memory than the target has.
         ImportError: Triton is not installed.
         RuntimeError: Triton made a kernel that cannot be launched by its parameters alone.
     """
@@ -111,7 +116,7 @@ def compile_call(call: Call, target: int, strip: bool = True) -> Compiled:
     ptx, metadata = _to_ptx(call, target)
     limit = SHARED_LIMITS[target]
     if metadata["shared"] > limit:
-        raise ValueError(
+        raise DoesNotFit(
             f"{call.kernel.name} with {call.tactic} needs {metadata['shared']} bytes of shared "
             f"memory, and a block of sm_{target} has at most {limit}; choose a smaller tactic"
         )

@@ -7,11 +7,30 @@ TensorRT takes one kernel a plugin, so a node of an op that needs several become
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokred_plugins.kernels import Call, Spec
 
 Attribute = int | float | bool
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Which other tactics can take a call's place in a graph that is already decided.
+
+    A tactic that changes an extra or the shape of an intermediate changes other kernels' calls
+    too, and cannot. Without a Tuning, only tactics of equal block sizes can.
+
+    Attributes:
+        free: block sizes that no other kernel depends on.
+        grid: (constants, extras and block sizes by name, the call's grid) -> the grid with these
+            block sizes, or None where they do not suit the call. Left out where no block size
+            shows in the grid.
+    """
+
+    free: tuple[str, ...]
+    grid: Callable[[Mapping[str, int], Grid], Grid | None] = lambda sizes, grid: grid
 
 
 @dataclass(frozen=True)
@@ -23,8 +42,10 @@ class KernelFace:
         results: names of the kernels' outputs that are the op's results, in its own order.
         calls: (spec of each tensor that is there, attributes by name) -> the launches. It reads
             attributes that the torch op and the ONNX node have in common, and imports Triton.
+        tunings: kernel name -> what may be tuned about its launch alone.
     """
 
     inputs: tuple[str, ...]
     results: tuple[str, ...]
     calls: Callable[[Mapping[str, Spec], Mapping[str, Attribute]], tuple[Call, ...]]
+    tunings: Mapping[str, Tuning] = field(default_factory=dict)

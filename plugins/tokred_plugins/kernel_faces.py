@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokred_plugins.add_rms_norm.tensorrt import FACE as ADD_RMS_NORM
 from tokred_plugins.causal_conv1d.tensorrt import FACE as CAUSAL_CONV1D
-from tokred_plugins.faces import KernelFace
+from tokred_plugins.faces import KernelFace, Tuning
 from tokred_plugins.gated_rms_norm.tensorrt import FACE as GATED_RMS_NORM
 from tokred_plugins.ssd_scan.tensorrt import FACE as SSD_SCAN
 from tokred_plugins.token_importance.tensorrt import FACE as TOKEN_IMPORTANCE
@@ -23,6 +23,10 @@ FACES: dict[str, KernelFace] = {
     "token_match": TOKEN_MATCH,
     "token_link": TOKEN_LINK,
     "token_reduce": TOKEN_REDUCE,
+}
+# By the kernel's name.
+TUNINGS: dict[str, Tuning] = {
+    name: tuning for face in FACES.values() for name, tuning in face.tunings.items()
 }
 # The op type of a node in an ONNX file -> the op's name above.
 ONNX_NAMES: dict[str, str] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, KernelFace
-from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.faces import Attribute, Grid, KernelFace, Tuning
+from tokred_plugins.kernels import Call, Spec, cdiv
 
 
 def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
@@ -17,4 +17,12 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     )
 
 
-FACE = KernelFace(("zxbcdt", "weight", "bias", "pads"), ("y", "state"), calls)
+def grid(sizes: Mapping[str, int], now: Grid) -> Grid:
+    """Pieces of channels by pieces of tokens."""
+    return cdiv(sizes["C"], sizes["BLOCK"]), cdiv(sizes["length"], sizes["ROWS"])
+
+
+FACE = KernelFace(
+    ("zxbcdt", "weight", "bias", "pads"), ("y", "state"), calls,
+    {"causal_conv1d": Tuning(("ROWS", "BLOCK"), grid)},
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, KernelFace
+from tokred_plugins.faces import Attribute, KernelFace, Tuning
 from tokred_plugins.kernels import Call, Spec
 
 
@@ -18,4 +18,6 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     )
 
 
-FACE = KernelFace(("y", "zxbcdt", "weight"), ("out",), calls)
+FACE = KernelFace(
+    ("y", "zxbcdt", "weight"), ("out",), calls, {"gated_rms_norm": Tuning(free=("BLOCK",))}
+)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, KernelFace
-from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.faces import Attribute, Grid, KernelFace, Tuning
+from tokred_plugins.kernels import Call, Spec, cdiv
 
 
 def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
@@ -19,6 +19,20 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     )
 
 
+def steps_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
+    """Pieces of heads by chunks."""
+    return cdiv(sizes["H"], sizes["BLOCK"]), now[1]
+
+
+def scan_grid(sizes: Mapping[str, int], now: Grid) -> Grid | None:
+    """Heads a program by segments; the heads of a program share a group's B and C."""
+    if (sizes["H"] // sizes["G"]) % sizes["HEADS"]:
+        return None
+    return sizes["H"] // sizes["HEADS"], now[1]
+
+
+# The chunk Q and the segments are in the shapes of the tensors between the kernels: they stay.
 FACE = KernelFace(
-    ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads", "initial_state"), ("y", "state"), calls
+    ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads", "initial_state"), ("y", "state"), calls,
+    {"ssd_steps": Tuning(("BLOCK",), steps_grid), "ssd_scan": Tuning(("HEADS",), scan_grid)},
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, KernelFace
-from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.faces import Attribute, Grid, KernelFace, Tuning
+from tokred_plugins.kernels import Call, Spec, cdiv
 
 
 def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
@@ -15,4 +15,23 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     return kernel.calls(specs["hidden"], specs["lower"], specs["upper"])
 
 
-FACE = KernelFace(("hidden", "lower", "upper"), ("similarity", "target"), calls)
+def match_grid(sizes: Mapping[str, int], now: Grid) -> Grid | None:
+    """Pieces of the lower half by parts of the upper, which must be whole tiles."""
+    if sizes["share"] % sizes["BLOCK_B"]:
+        return None
+    return cdiv(sizes["n_lower"], sizes["BLOCK_A"]), now[1]
+
+
+def best_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
+    """Pieces of the lower half."""
+    return cdiv(sizes["n_lower"], sizes["BLOCK"]), 1
+
+
+FACE = KernelFace(
+    ("hidden", "lower", "upper"), ("similarity", "target"), calls,
+    {
+        "token_norm": Tuning(free=("BLOCK",)),
+        "token_match": Tuning(("BLOCK_A", "BLOCK_B", "BLOCK_D"), match_grid),
+        "token_match_best": Tuning(("BLOCK",), best_grid),
+    },
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, KernelFace
+from tokred_plugins.faces import Attribute, KernelFace, Tuning
 from tokred_plugins.kernels import Call, Spec
 
 INPUTS = ("hidden", "residual", "keep", "src", "dst", "merge")
@@ -17,4 +17,7 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     return kernel.calls(*(specs[name] for name in INPUTS))
 
 
-FACE = KernelFace(INPUTS, ("hidden_out", "residual_out"), calls)
+FACE = KernelFace(
+    INPUTS, ("hidden_out", "residual_out"), calls,
+    {"token_reduce": Tuning(free=("BLOCK", "TARGETS"))},
+)
