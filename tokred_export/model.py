@@ -108,14 +108,12 @@ class Mamba2(nn.Module):
         """
         spec, ops, schedule = self.spec, self.ops, self.schedule
         length = input_ids.shape[1]
-        pads = length - prompt_len
+        padding = length - prompt_len
+        pads = padding
         positions = torch.arange(length, device=input_ids.device, dtype=torch.int32)
         positions = positions[None, :] - pads[:, None]  # negative for padding
 
-        residual = self.embedding(input_ids)
-        if spec.residual_in_fp32:
-            residual = residual.to(accumulate(residual.dtype))
-        normed = self._first_norm(residual)
+        normed, residual = self._embed(input_ids)
         made: list[Choice] = []
         conv_states, ssm_states = [], []
         for i, block in enumerate(self.layers):
@@ -144,7 +142,8 @@ class Mamba2(nn.Module):
                 hidden, stream = reduced.hidden, reduced.residual
                 made.append(reduced.choice)
                 positions = take(positions, reduced.keep)
-                pads = (pads - site.removed).clamp(min=0)
+                # Of the first pads, not of the last: so no site waits for the one before.
+                pads = (padding - (length - site.tokens_out)).clamp(min=0)
             if last and self.logits == "last" and not alone:
                 hidden, stream = hidden[:, -1:], stream[:, -1:]
             weight = self.norm_f_weight if last else self.layers[i + 1].norm_weight
@@ -168,10 +167,7 @@ class Mamba2(nn.Module):
         """
         spec, ops = self.spec, self.ops
         pads = torch.zeros_like(token)
-        residual = self.embedding(token)[:, None]  # [B, 1, D]
-        if spec.residual_in_fp32:
-            residual = residual.to(accumulate(residual.dtype))
-        normed = self._first_norm(residual)
+        normed, residual = self._embed(token[:, None])  # [B, 1, D]
         new_conv, new_ssm = [], []
         for i, block in enumerate(self.layers):
             zxbcdt = block.in_proj(normed)
@@ -188,11 +184,12 @@ class Mamba2(nn.Module):
             normed, residual = ops.add_rms_norm(hidden, residual, weight, spec.norm_eps)
         return self._head(normed[:, 0]), new_conv, new_ssm
 
-    def _first_norm(self, residual: Tensor) -> Tensor:
-        weight = self.layers[0].norm_weight
-        wide = residual.to(accumulate(residual.dtype))
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps)
-        return (wide * scale * weight.to(wide.dtype)).to(self.embedding.weight.dtype)
+    def _embed(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The first block's input and the residual stream."""
+        return self.ops.embed_rms_norm(
+            input_ids, self.embedding.weight, self.layers[0].norm_weight, self.spec.norm_eps,
+            self.spec.residual_in_fp32,
+        )
 
     def _scan(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokred_plugins.add_rms_norm.tensorrt import FACE as ADD_RMS_NORM
 from tokred_plugins.causal_conv1d.tensorrt import FACE as CAUSAL_CONV1D
+from tokred_plugins.embed_rms_norm.tensorrt import FACE as EMBED_RMS_NORM
 from tokred_plugins.faces import KernelFace, Tuning
 from tokred_plugins.gated_rms_norm.tensorrt import FACE as GATED_RMS_NORM
 from tokred_plugins.ssd_scan.tensorrt import FACE as SSD_SCAN
@@ -15,6 +16,7 @@ from tokred_plugins.token_split.tensorrt import FACE as TOKEN_SPLIT
 
 FACES: dict[str, KernelFace] = {
     "add_rms_norm": ADD_RMS_NORM,
+    "embed_rms_norm": EMBED_RMS_NORM,
     "gated_rms_norm": GATED_RMS_NORM,
     "causal_conv1d": CAUSAL_CONV1D,
     "ssd_scan": SSD_SCAN,
@@ -31,6 +33,7 @@ TUNINGS: dict[str, Tuning] = {
 # The op type of a node in an ONNX file -> the op's name above.
 ONNX_NAMES: dict[str, str] = {
     "AddRmsNorm": "add_rms_norm",
+    "EmbedRmsNorm": "embed_rms_norm",
     "GatedRmsNorm": "gated_rms_norm",
     "CausalConv1dSilu": "causal_conv1d",
     "SsdScan": "ssd_scan",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tokred_plugins.add_rms_norm import op as add_rms_norm
 from tokred_plugins.causal_conv1d import op as causal_conv1d
+from tokred_plugins.embed_rms_norm import op as embed_rms_norm
 from tokred_plugins.gated_rms_norm import op as gated_rms_norm
 from tokred_plugins.ssd_scan import op as ssd_scan
 from tokred_plugins.token_importance import op as token_importance
@@ -26,6 +27,7 @@ class OpSet:
     ssd_scan: Callable
     gated_rms_norm: Callable
     add_rms_norm: Callable
+    embed_rms_norm: Callable
     token_importance: Callable
     token_split: Callable
     token_match: Callable
@@ -41,6 +43,7 @@ CUSTOM = OpSet(
     ssd_scan=ssd_scan.custom,
     gated_rms_norm=gated_rms_norm.custom,
     add_rms_norm=add_rms_norm.custom,
+    embed_rms_norm=embed_rms_norm.custom,
     token_importance=token_importance.custom,
     token_split=token_split.custom,
     token_match=token_match.custom,
@@ -55,6 +58,7 @@ PLAIN = OpSet(
     ssd_scan=ssd_scan.ssd_scan,
     gated_rms_norm=gated_rms_norm.gated_rms_norm,
     add_rms_norm=add_rms_norm.add_rms_norm,
+    embed_rms_norm=embed_rms_norm.embed_rms_norm,
     token_importance=token_importance.token_importance,
     token_split=token_split.token_split,
     token_match=token_match.token_match,

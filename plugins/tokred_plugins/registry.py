@@ -9,6 +9,7 @@ import json
 
 from tokred_plugins.add_rms_norm.kernel import ADD_RMS_NORM
 from tokred_plugins.causal_conv1d.kernel import CAUSAL_CONV1D
+from tokred_plugins.embed_rms_norm.kernel import EMBED_RMS_NORM
 from tokred_plugins.gated_rms_norm.kernel import GATED_RMS_NORM
 from tokred_plugins.kernels import Call, Kernel, Spec, Tactic
 from tokred_plugins.ssd_scan.launches import SSD_SCAN, SSD_STATE, SSD_STEPS
@@ -21,7 +22,7 @@ from tokred_plugins.token_split.kernel import TOKEN_SPLIT
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        ADD_RMS_NORM, GATED_RMS_NORM, CAUSAL_CONV1D, SSD_STEPS, SSD_STATE, SSD_SCAN,
+        ADD_RMS_NORM, EMBED_RMS_NORM, GATED_RMS_NORM, CAUSAL_CONV1D, SSD_STEPS, SSD_STATE, SSD_SCAN,
         TOKEN_IMPORTANCE, TOKEN_SPLIT, TOKEN_NORM, TOKEN_MATCH, TOKEN_MATCH_BEST, TOKEN_LINK,
         TOKEN_REDUCE,
     )

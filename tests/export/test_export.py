@@ -80,7 +80,7 @@ def test_every_custom_op_is_a_node_with_one_body(tmp_path, method):
 
     layers, sites = model.spec.n_layer, len(model.schedule.sites)
     expected = Counter({"CausalConv1dSilu": layers, "SsdScan": layers, "GatedRmsNorm": layers,
-                        "AddRmsNorm": layers})  # fmt: skip
+                        "AddRmsNorm": layers, "EmbedRmsNorm": 1})  # fmt: skip
     for op, count in PER_SITE[method].items():
         expected[op] += count * sites
     nodes = [n for n in graph.graph.node if n.domain == DOMAIN]

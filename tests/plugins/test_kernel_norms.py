@@ -10,6 +10,8 @@ require_kernels()
 
 from tokred_plugins.add_rms_norm import kernel as add_norm  # noqa: E402
 from tokred_plugins.add_rms_norm.reference import add_rms_norm_reference  # noqa: E402
+from tokred_plugins.embed_rms_norm import kernel as embed_norm  # noqa: E402
+from tokred_plugins.embed_rms_norm.reference import embed_rms_norm_reference  # noqa: E402
 from tokred_plugins.gated_rms_norm import kernel as gated_norm  # noqa: E402
 from tokred_plugins.gated_rms_norm.reference import gated_rms_norm_reference  # noqa: E402
 from tokred_plugins.kernels import run, spec_of  # noqa: E402
@@ -88,3 +90,21 @@ def test_norms_at_true_sizes(width, inner, dtype):
         got = run(add_norm.calls(*specs, eps=1e-5, tactics=picked), given)
         expected = add_rms_norm_reference(**exact(given), eps=1e-5)
         close(got["normed"], expected[0], TOLERANCE[dtype], f"normed with {tactic}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [True, False], ids=["fp32 residual", "same dtype"])
+@pytest.mark.parametrize("width", [40, 2570])
+def test_embed_norm_is_the_reference(width, wide, dtype):
+    """Any row of the table, odd widths, and a residual in either dtype."""
+    ids = torch.tensor([[0, 12, 3], [7, 7, 1]], dtype=torch.int32, device=make(0, 1).device)
+    given = {
+        "input_ids": ids, "table": make(1, 13, width, dtype=dtype, scale=0.02),
+        "weight": make(2, width, dtype=dtype),
+    }
+    specs = [spec_of(x) for x in given.values()]
+    got = run(embed_norm.calls(*specs, 1e-5, wide), given)
+    normed, residual = embed_rms_norm_reference(**exact(given), eps=1e-5, residual_in_fp32=wide)
+    assert got["residual"].dtype == (torch.float32 if wide else dtype)
+    close(got["normed"], normed, TOLERANCE[dtype], "normed")
+    close(got["residual"], residual, 0.0, "residual")

@@ -13,6 +13,8 @@ from tokred_plugins.add_rms_norm.op import custom as add_rms_norm
 from tokred_plugins.add_rms_norm.reference import add_rms_norm_reference
 from tokred_plugins.causal_conv1d.op import custom as causal_conv1d
 from tokred_plugins.causal_conv1d.reference import causal_conv1d_reference
+from tokred_plugins.embed_rms_norm.op import custom as embed_rms_norm
+from tokred_plugins.embed_rms_norm.reference import embed_rms_norm_reference
 from tokred_plugins.gated_rms_norm.op import custom as gated_rms_norm
 from tokred_plugins.gated_rms_norm.reference import gated_rms_norm_reference
 from tokred_plugins.ssd_scan.op import NO_LIMIT
@@ -201,3 +203,23 @@ def test_add_norm(dtype, wide):
         assert rel(result[0], expected[0]) < half
         assert rel(result[1], expected[1]) < (5e-7 if is_wide else half)
         assert torch.as_tensor(result[1]).dtype == residual.dtype
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["fp32 residual", "same dtype"])
+def test_embed_norm(wide):
+    """Rows of the table, the first and the last included, and their norms."""
+    rng = torch.Generator().manual_seed(3)
+    table = torch.randn(11, 40, dtype=torch.float64, generator=rng) * 0.02
+    weight = torch.randn(40, dtype=torch.float64, generator=rng)
+    ids = torch.tensor([[0, 10, 3], [7, 7, 1]], dtype=torch.int32)
+    expected = embed_rms_norm_reference(ids, table, weight, 1e-5, wide)
+    tensors = (ids, table.float(), weight.float())
+    found = embed_rms_norm(*tensors, 1e-5, wide)
+    attributes = {"eps": 1e-5, "residual_in_fp32": int(wide)}
+    ran = run_body(onnx_ops.EMBED_RMS_NORM, [t.numpy() for t in tensors], attributes)
+    for result in (found, ran):
+        assert rel(result[0], expected[0]) < 1e-6
+        np.testing.assert_array_equal(np.asarray(result[1]), expected[1].float().numpy())
+    half = embed_rms_norm(ids, table.half(), weight.half(), 1e-5, wide)
+    assert half[0].dtype == torch.float16
+    assert half[1].dtype == (torch.float32 if wide else torch.float16)

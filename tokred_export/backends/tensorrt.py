@@ -158,18 +158,20 @@ def build(
             expected = lower(onnx_path, lowered, form, sm, max_batch)
             outcome = _run(Job(
                 onnx=str(lowered), plan=str(folder / plan.name),
-                outcome=str(folder / "outcome.json"), form=form,
+                outcome=str(folder / "outcome.json"), form=form, sm=sm,
                 launcher=str(launcher_path()) if form == "launcher" else None,
                 half=half, wide=wide_nodes(lowered) if half else (), expected=dict(expected),
                 batches=(1, max_batch) if _is_open(graph) else None,
                 timing_cache=str(timing_cache or timing_cache_path()), level=level,
+                describe=str(folder / "layers.json"),
                 products=write_products(lowered, folder / "products") if products_first else (),
             ))
             compare_shapes(
                 "TensorRT", _open(outcome), "the file", declared_shapes(graph)
             )
             os.replace(folder / plan.name, plan)
-        files = [plan.name]
+            os.replace(folder / "layers.json", out_dir / f"{onnx_path.stem}.layers.json")
+        files = [plan.name, f"{onnx_path.stem}.layers.json"]
         if form == "launcher":
             shutil.copyfile(launcher_path(), out_dir / LAUNCHER_FILE)
             files.append(LAUNCHER_FILE)

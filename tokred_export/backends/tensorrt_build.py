@@ -19,8 +19,14 @@ import msgspec
 
 from tokred_export.backends import job
 from tokred_export.backends.job import Outcome, answer, outcome_of
+from tokred_export.backends.tensorrt_tactics import (
+    Tactics,
+    float32_sums,
+    half_sums,
+    listening_logger,
+)
 from tokred_export.disk import clear_disk_errors, write_atomic
-from tokred_export.errors import BuildFailed, TokredError
+from tokred_export.errors import BuildFailed, EnvironmentUnable, TokredError
 from tokred_export.runtime.trt import load_launcher, load_tensorrt, version_of
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ class Job(job.Job, kw_only=True):
         onnx: a kernel-level file, see :mod:`tokred_export.export.lower`.
         plan: the file to write.
         form: "quick" or "launcher".
+        sm: compute capability of the GPU, times ten.
         launcher: the launcher plugin, for that form.
         half: weights are 16 bit: TensorRT 8.6 needs to be told that it may use them.
         wide: nodes of a 16-bit file that compute in float32, which it must be told too.
@@ -51,6 +58,7 @@ class Job(job.Job, kw_only=True):
     onnx: str
     plan: str
     form: str
+    sm: int
     launcher: str | None = None
     half: bool = True
     wide: tuple[str, ...] = ()
@@ -62,6 +70,53 @@ class Job(job.Job, kw_only=True):
     describe: str | None = None
 
 
+class _Builder:
+    """TensorRT's builder with what all builds of this process share."""
+
+    def __init__(self, trt: ModuleType, asked: Job) -> None:
+        self.trt, self.asked = trt, asked
+        cache = None if asked.timing_cache is None else Path(asked.timing_cache)
+        names = None if cache is None else cache.with_suffix(".tactics.json")
+        self.tactics = Tactics(names)
+        self.legacy = version_of(trt) < (10, 0)
+        plain = trt.Logger(trt.Logger.WARNING)
+        self.logger = listening_logger(trt, self.tactics) if self.legacy else plain
+        self.builder = trt.Builder(self.logger)
+        self.timings: tensorrt.ITimingCache | None = None
+        if cache is not None:
+            known = cache.read_bytes() if cache.is_file() else b""
+            config = self.builder.create_builder_config()
+            self.timings = config.create_timing_cache(known)
+
+    def build(self, path: str) -> tuple[tensorrt.IHostMemory, tensorrt.INetworkDefinition]:
+        """A plan of one ONNX file; timings and tactic names are kept on disk after it."""
+        trt, asked = self.trt, self.asked
+        network = self.builder.create_network(_network_flags(trt))
+        parser = trt.OnnxParser(network, self.logger)
+        if not parser.parse_from_file(path):
+            raise BuildFailed(_parse_error(parser.get_error(0)))
+        config = _config(trt, self.builder, network, asked)
+        if self.legacy and asked.half:
+            config.algorithm_selector = self._selector = float32_sums(trt, self.tactics)
+        if self.timings is not None and not config.set_timing_cache(self.timings, False):
+            raise BuildFailed(
+                f"the timing cache {asked.timing_cache} is of another GPU or TensorRT: remove it"
+            )
+        plan = self.builder.build_serialized_network(network, config)
+        if plan is None:
+            raise BuildFailed(f"TensorRT parsed {Path(path).name} but built no engine from it")
+        self._keep_timings()
+        return plan, network
+
+    def _keep_timings(self) -> None:
+        if self.timings is not None:
+            file = Path(self.asked.timing_cache)
+            with clear_disk_errors(file, writable=True):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(file, bytes(self.timings.serialize()))
+                self.tactics.save()
+
+
 def build_here(asked: Job) -> Outcome:
     """Build and check one engine in this process.
 
@@ -70,32 +125,29 @@ def build_here(asked: Job) -> Outcome:
         EnvironmentUnable: TensorRT or the launcher plugin cannot be used.
     """
     trt = load_tensorrt()
-    logger = trt.Logger(trt.Logger.WARNING)
-    if asked.form == "launcher":
-        load_launcher(trt, Path(asked.launcher or ""))
-    else:
-        from tokred_plugins.quick import register_file
-
-        register_file(Path(asked.onnx))
-    builder = trt.Builder(logger)
-    timings = _timings(builder, asked)
+    _register_plugins(trt, asked)
+    builder = _Builder(trt, asked)
     for product in asked.products:
         begun = time.perf_counter()
-        _build(trt, builder, logger, asked, product, timings)
+        builder.build(product)
         _say(f"timed {Path(product).stem} in {time.perf_counter() - begun:.1f} s")
     begun = time.perf_counter()
-    plan, network = _build(trt, builder, logger, asked, asked.onnx, timings)
-    _say(f"built in {time.perf_counter() - begun:.1f} s")
+    plan, network = builder.build(asked.onnx)
+    layers = _layers(trt, builder, plan, asked)
+    if builder.legacy and half_sums(layers):
+        # Tactics whose names were not known when they could be chosen; they are by now.
+        _say(f"building again: {len(half_sums(layers))} layers sum in float16")
+        plan, network = builder.build(asked.onnx)
+        layers = _layers(trt, builder, plan, asked)
+    if builder.legacy and (wrong := half_sums(layers)):
+        raise BuildFailed(
+            f"{len(wrong)} layers accumulate in float16, such as {wrong[0]}, expected none"
+        )
     seconds = time.perf_counter() - begun
+    _say(f"built in {seconds:.1f} s")
     with clear_disk_errors(Path(asked.plan)):
         Path(asked.plan).write_bytes(plan)
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-    if engine is None:
-        raise BuildFailed("TensorRT cannot open the plan that it has just built")
-    layers = inspect(trt, engine)
-    if asked.describe is not None:
-        Path(asked.describe).write_text(json.dumps(layers, indent=1))
     plugins = check_plugins(layers, asked.expected)
     return Outcome(
         version=trt.__version__, layers=len(layers), layers_from="engine",
@@ -104,38 +156,34 @@ def build_here(asked: Job) -> Outcome:
     )
 
 
-def _timings(builder: tensorrt.Builder, asked: Job) -> tensorrt.ITimingCache | None:
-    """The timing cache of this process, with what earlier ones found."""
-    if asked.timing_cache is None:
-        return None
-    file = Path(asked.timing_cache)
-    known = file.read_bytes() if file.is_file() else b""
-    return builder.create_builder_config().create_timing_cache(known)
+def _register_plugins(trt: ModuleType, asked: Job) -> None:
+    if asked.form == "launcher":
+        load_launcher(trt, Path(asked.launcher or ""))
+        return
+    from tokred_plugins.quick import register_file
+
+    try:
+        register_file(Path(asked.onnx), asked.sm)
+    except ImportError as error:
+        raise EnvironmentUnable(
+            f"the quick plugins need Triton in the Python that has TensorRT ({error}): "
+            "pip install triton"
+        ) from error
+    except ValueError as error:
+        raise BuildFailed(f"the quick plugins cannot be registered: {error}") from error
 
 
-def _build(
-    trt: ModuleType, builder: tensorrt.Builder, logger: tensorrt.ILogger, asked: Job, path: str,
-    timings: tensorrt.ITimingCache | None,
-) -> tuple[tensorrt.IHostMemory, tensorrt.INetworkDefinition]:
-    """A plan of one ONNX file; the timing cache is written after."""
-    network = builder.create_network(_network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(path):
-        raise BuildFailed(_parse_error(parser.get_error(0)))
-    config = _config(trt, builder, network, asked)
-    if timings is not None and not config.set_timing_cache(timings, False):
-        raise BuildFailed(
-            f"the timing cache {asked.timing_cache} is of another GPU or TensorRT: remove it"
-        )
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise BuildFailed(f"TensorRT parsed {Path(path).name} but built no engine from it")
-    if timings is not None:
-        file = Path(asked.timing_cache)
-        with clear_disk_errors(file, writable=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, bytes(timings.serialize()))
-    return plan, network
+def _layers(
+    trt: ModuleType, builder: _Builder, plan: tensorrt.IHostMemory, asked: Job
+) -> list[dict]:
+    """The layers of a plan, opened here."""
+    engine = trt.Runtime(builder.logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildFailed("TensorRT cannot open the plan that it has just built")
+    layers = inspect(trt, engine)
+    if asked.describe is not None:
+        Path(asked.describe).write_text(json.dumps(layers, indent=1))
+    return layers
 
 
 def _network_flags(trt: ModuleType) -> int:

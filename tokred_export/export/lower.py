@@ -73,6 +73,7 @@ def lower(source: Path, target: Path, form: Form, sm: int, batch: int = 1) -> Co
             counts.update(call.kernel.name for call in _replace(model.graph, node, write, batch))
     model.functions.clear()
     if form == "launcher":
+        _stand_alone_head(model)
         to_opset_17(model)
     passes.RemoveUnusedNodesPass()(model)
     _save(model, source, target)
@@ -93,6 +94,52 @@ def _save(model: ir.Model, source: Path, target: Path) -> None:
     except OSError:  # another file system
         shutil.copyfile(data, target.with_name(data.name))
     ir.save(model, target)
+
+
+def _stand_alone_head(model: ir.Model) -> None:
+    """Make a Gemm of one token a row a product of three dimensions, like all other products.
+
+    TensorRT 8.6 fuses a Gemm with whatever stands near it into a region of its own making, whose
+    products accumulate in float16; a product between plugins stays a layer, with a choice of
+    tactics (see tensorrt_tactics).
+    """
+    for node in list(model.graph):
+        if node.domain or node.op_type != "Gemm" or len(node.inputs) != 2:
+            continue
+        plain = all(
+            name not in node.attributes or node.attributes[name].value == value
+            for name, value in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
+        )
+        taken = node.inputs[0].producer()
+        if not plain or taken is None or taken.op_type != "Gather":
+            continue
+        tokens = taken.inputs[0]  # [B, 1, D], the last token alone
+        if tokens.shape is None or tokens.shape[1] != 1:
+            continue
+        _replace_head(model.graph, node, tokens)
+
+
+def _replace_head(graph: ir.Graph, gemm: ir.Node, tokens: ir.Value) -> None:
+    out = gemm.outputs[0]
+    made = []
+    weight = gemm.inputs[1]
+    if "transB" in gemm.attributes and gemm.attributes["transB"].value:
+        turn = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{gemm.name}/transpose")
+        weight = turn.outputs[0]
+        made.append(turn)
+    product = ir.node("MatMul", [tokens, weight], name=gemm.name)
+    axis = ir.Value(name=f"{gemm.name}/axis", const_value=ir.tensor([1], dtype=ir.DataType.INT64))
+    axis.shape, axis.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
+    graph.register_initializer(axis)
+    flat = ir.node("Squeeze", [product.outputs[0], axis], name=f"{gemm.name}/squeeze")
+    for node in (*made, product, flat):
+        value = node.outputs[0]
+        value.name, value.type = f"{node.name}/out", out.type
+    flat.outputs[0].shape = out.shape
+    product.outputs[0].shape = ir.Shape([out.shape[0], 1, out.shape[1]])
+    ir.convenience.replace_nodes_and_values(
+        graph, gemm, [gemm], [*made, product, flat], [out], [flat.outputs[0]]
+    )
 
 
 def _require_triton() -> None:

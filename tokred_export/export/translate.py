@@ -41,6 +41,7 @@ def _node(op: OnnxOp) -> Callable:
 _causal_conv1d = _node(ops.CAUSAL_CONV1D)
 _ssd_scan, _ssd_scan_from = _node(ops.SSD_SCAN), _node(ops.SSD_SCAN_FROM)
 _gated_rms_norm, _add_rms_norm = _node(ops.GATED_RMS_NORM), _node(ops.ADD_RMS_NORM)
+_embed_rms_norm = _node(ops.EMBED_RMS_NORM)
 _importance, _split, _match = (
     _node(op) for op in (ops.TOKEN_IMPORTANCE, ops.TOKEN_SPLIT, ops.TOKEN_MATCH)
 )
@@ -91,6 +92,12 @@ def _add(hidden, residual, weight, eps: float):
     return _add_rms_norm(hidden, residual, weight, eps=eps, residual_in_fp32=_is_wide(residual))
 
 
+def _embed(input_ids, table, weight, eps: float, residual_in_fp32: bool):
+    return _embed_rms_norm(
+        input_ids, table, weight, eps=eps, residual_in_fp32=int(residual_in_fp32)
+    )
+
+
 def _token_importance(y):
     return _importance(y)
 
@@ -131,6 +138,7 @@ def translation_table() -> dict[Callable, Callable]:
         tokred.ssd_scan.default: _scan,
         tokred.gated_rms_norm.default: _gated,
         tokred.add_rms_norm.default: _add,
+        tokred.embed_rms_norm.default: _embed,
         tokred.token_importance.default: _token_importance,
         tokred.token_split.default: _token_split,
         tokred.token_match.default: _token_match,

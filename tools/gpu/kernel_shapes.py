@@ -14,6 +14,7 @@ from tokred_plugins import opset
 from tokred_plugins.kernels import Call, Spec, Tactic, torch_dtypes
 
 NO_LIMIT = 3.4e38
+VOCABULARY = 50288  # of the published models, rows of padding included
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
     """What every layer runs."""
     from tokred_plugins.add_rms_norm import kernel as add_norm
     from tokred_plugins.causal_conv1d import kernel as conv
+    from tokred_plugins.embed_rms_norm import kernel as embed
     from tokred_plugins.gated_rms_norm import kernel as gated_norm
     from tokred_plugins.ssd_scan import launches as scan
 
@@ -130,6 +132,12 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
         {"hidden": x(batch, length, m.width), "residual": wide(batch, length, m.width),
          "weight": x(m.width)},
         (1e-5,), add_norm.calls, ("normed", "residual_out"),
+    )
+    yield Case(
+        "embed_rms_norm",
+        {"input_ids": Spec((batch, length), "i32"), "table": x(VOCABULARY, m.width),
+         "weight": x(m.width)},
+        (1e-5, True), embed.calls, ("normed", "residual"), needed=rows * (m.width * two + 4),
     )
     yield Case(
         "gated_rms_norm",
@@ -212,6 +220,8 @@ def tensors(case: Case, seed: int) -> dict[str, torch.Tensor | None]:
     if case.op == "ssd_scan":  # dt around 0.01 to 0.1, A from -1 to -16
         made["dt_bias"].uniform_(-4.6, -2.3, generator=random)
         made["a_log"].uniform_(0.0, 2.77, generator=random)
+    if "input_ids" in made:
+        made["input_ids"].random_(0, VOCABULARY, generator=random)
     if "lower" in made:
         _fill_split(made, random)
     if "keep" in made:
