@@ -24,7 +24,8 @@ from tokred_export.reduction.schedule import plan_rows
 from tokred_export.report.model import Bucket, JudgedParity, JudgedSpeed, Missing, Report
 from tokred_export.report.render import render
 from tokred_export.runtime.ort import Device
-from tokred_export.specs import BuildSpec, Spec
+from tokred_export.runtime.runner import engine_folders
+from tokred_export.specs import Backend, BuildSpec, Spec
 from tokred_export.verify.bisect import first_divergence
 from tokred_export.verify.judge import Verdict, judge_parity, judge_speed, tolerance_for
 from tokred_export.verify.junit import write_junit
@@ -73,9 +74,10 @@ def build(
         InvalidRequest: ``min_speedup`` where no speed will be measured.
         TokredError: as :func:`pipeline.start_line` and :func:`pipeline.assembling`.
     """
-    prove_parity = parity and prove.BACKEND in spec.backends
+    backend = prove.proven_backend(spec.backends)
+    prove_parity = parity and backend is not None
     if min_speedup is not None:
-        _require_speed(speed and prove_parity and spec.device == "cpu")
+        _require_speed(speed and prove_parity and _can_time(backend, spec.device))
     line = pipeline.start_line(spec, stage=stage)
     with pipeline.assembling(line, out, command, force) as bundle:
         verdict, refused = None, None
@@ -84,7 +86,7 @@ def build(
             prove.store(bundle.path, "parity", [record])
             verdict = judge_parity(record, tolerance_for(spec.tensor_dtype))
         if speed:
-            refused = _refusal(verdict, spec.device)
+            refused = _refusal(verdict, backend, spec.device)
         if speed and refused is None:
             speeds = prove.measure_bundle_speed(
                 line, bundle, command, threads=threads, max_seconds=bench_seconds
@@ -105,6 +107,7 @@ def verify(
     junit: Path | None = None,
     bisect: bool = False,
     device: Device = "cpu",
+    backend: Backend | None = None,
     stage: Stage = silent,
 ) -> Result:
     """Measure parity anew (or take the stored record), judge it, and store it.
@@ -118,10 +121,10 @@ def verify(
         raise InvalidRequest(
             f"there is no folder {junit.absolute().parent} for the JUnit file: make it first"
         )
-    if stored and (thorough or model is not None or device != "cpu"):
+    if stored and (thorough or model is not None or backend is not None or device != "cpu"):
         raise InvalidRequest(
-            "--stored judges what was measured before, so that --thorough, --model and --device "
-            "mean nothing beside it: leave them out, or leave out --stored"
+            "--stored judges what was measured before, so that --thorough, --model, --backend and "
+            "--device mean nothing beside it: leave them out, or leave out --stored"
         )
     bundle = read_bundle(path)
     # What is about to be measured and written anew need not be whole: a run killed between the
@@ -134,7 +137,9 @@ def verify(
                 f"{path} holds no parity record to judge: run `tokred-export verify {path}`"
             )
     else:
-        line = pipeline.line_of_bundle(bundle, model, stage=stage, device=device)
+        line = pipeline.line_of_bundle(
+            bundle, model, stage=stage, device=device, backend=backend or _engine_backend(bundle)
+        )
         record = prove.measure_parity(line, bundle, command, thorough, threads)
         prove.store(path, "parity", [record])
         _write_pages(bundle, None, None)
@@ -172,7 +177,8 @@ def bench(
     verify_files(bundle)
     record = _stored_parity(bundle)
     verdict = judge_parity(record, tolerance_for(_dtype(bundle))) if record else None
-    if (refused := _refusal(verdict, "cpu")) is not None:
+    backend = _engine_backend(bundle)
+    if (refused := _refusal(verdict, backend, "cpu")) is not None:
         raise GateFailed(f"{refused}; run `tokred-export verify {path}` first")
     metadata = next(iter(bundle.manifest.components.values())).metadata
     if batch > metadata.max_batch:
@@ -180,7 +186,7 @@ def bench(
             f"--batch is {batch}, but the bundle takes at most {metadata.max_batch}: "
             f"build it with --max-batch {batch}"
         )
-    line = pipeline.line_of_bundle(bundle, model, stage=stage)
+    line = pipeline.line_of_bundle(bundle, model, stage=stage, backend=backend)
     speeds = prove.measure_bundle_speed(
         line, bundle, command, threads, samples, max_seconds, batch
     )
@@ -211,14 +217,24 @@ def _require_speed(measured: bool) -> None:
     if not measured:
         raise InvalidRequest(
             "--min-speedup was given, but no speed will be measured: it needs the backend "
-            "onnxruntime on the device cpu, and neither --no-verify nor --no-bench"
+            "tensorrt, or onnxruntime on the device cpu, and neither --no-verify nor --no-bench"
         )
 
 
-def _refusal(verdict: Verdict | None, device: str) -> str | None:
+def _can_time(backend: Backend | None, device: str) -> bool:
+    """Whether there is a baseline to compare with."""
+    return backend == "tensorrt" or (backend == "onnxruntime" and device == "cpu")
+
+
+def _engine_backend(bundle: Bundle) -> Backend:
+    """What runs a bundle where nobody says: its TensorRT engine, or ONNX Runtime."""
+    return "tensorrt" if engine_folders(bundle, "tensorrt") else "onnxruntime"
+
+
+def _refusal(verdict: Verdict | None, backend: Backend | None, device: str) -> str | None:
     """Why speed is not measured, if so."""
-    if device != "cpu":
-        return f"speed is refused: on {device} there is no baseline yet to compare with"
+    if backend is not None and not _can_time(backend, device):
+        return f"speed is refused: {backend} on {device} has no baseline yet to compare with"
     if verdict is None:
         return "speed is refused: parity was not measured"
     if verdict.outcome != "PASS":
@@ -275,7 +291,8 @@ def _write_pages(bundle: Bundle, refused: str | None, min_speedup: float | None)
         else ()
     )
     # A speed from before, when parity held, is not shown beside a parity that fails.
-    refused = refused or _refusal(judged[0].verdict if judged else None, "cpu")
+    verdict = judged[0].verdict if judged else None
+    refused = refused or _refusal(verdict, _engine_backend(bundle), "cpu")
     timed = tuple(
         JudgedSpeed(record=r, verdict=judge_speed(r, min_speedup)) for r in speed if not refused
     )

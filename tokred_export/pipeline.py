@@ -228,13 +228,15 @@ def line_of_bundle(
     cache: Cache | None = None,
     stage: Stage = silent,
     device: Device = "cpu",
+    backend: Backend = "onnxruntime",
 ) -> Line:
     """The line that made a bundle, to compare the bundle with what it was made from.
 
     Args:
         bundle: read from disk.
         model: where the checkpoint is now, if not where the bundle says.
-        device: that the bundle is run on.
+        device: that ONNX Runtime runs the bundle on.
+        backend: that runs it.
 
     Raises:
         InvalidRequest: the checkpoint is gone, or has other weights or another config than the
@@ -254,6 +256,7 @@ def line_of_bundle(
         dtype=first.dtype,
         logits=first.logits,
         chunk_size=first.chunk_size,
+        backends=(backend,),
         device=device,
     )
     if model is None and Path(source or "").is_absolute() and not Path(source).is_dir():

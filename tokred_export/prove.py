@@ -13,8 +13,10 @@ import msgspec
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tokred_plugins.opset import PLAIN
 
 from tokred_export import pipeline
+from tokred_export.backends.common import list_gpus, read_engines
 from tokred_export.bundle import Bundle
 from tokred_export.disk import clear_disk_errors, write_atomic
 from tokred_export.environment import environment, usable_cores
@@ -22,15 +24,29 @@ from tokred_export.errors import BundleError, CheckpointError
 from tokred_export.model import Mamba2
 from tokred_export.pipeline import Line
 from tokred_export.runtime.ort import OrtRunner, open_session
+from tokred_export.runtime.remote import RemoteRunner
 from tokred_export.runtime.runner import Runner, open_runner
-from tokred_export.specs import Dtype, ReductionSchedule
-from tokred_export.verify.baselines import describe_timed, eager_baselines, steady_allocator
+from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE, open_engine, require_version
+from tokred_export.runtime.trt import TrtRunner
+from tokred_export.specs import Backend, Dtype, ReductionSchedule
+from tokred_export.verify.baselines import (
+    Baselines,
+    describe_timed,
+    eager_baselines,
+    steady_allocator,
+)
 from tokred_export.verify.cases import PromptCase, prompt_cases
 from tokred_export.verify.parity import measure_case, noise_of
 from tokred_export.verify.records import ParityCase, ParityRecord, SpeedRecord
-from tokred_export.verify.speed import Conditions, measure_speed
+from tokred_export.verify.speed import BURST, Conditions, Milliseconds, Timed, measure_speed
 
-BACKEND = "onnxruntime"
+# Backends whose engines can be run here and compared, the first that was built being proven.
+PROVEN: tuple[Backend, ...] = ("tensorrt", "onnxruntime")
+
+
+def proven_backend(backends: Sequence[Backend]) -> Backend | None:
+    """Which of a bundle's backends parity and speed are about; None if none can be."""
+    return next((backend for backend in PROVEN if backend in backends), None)
 
 
 def measure_parity(
@@ -38,32 +54,40 @@ def measure_parity(
 ) -> ParityRecord:
     """Every prefill of the bundle against eager float32, on random and text prompts.
 
+    Eager runs on the CPU, and for TensorRT on the GPU, there made of the plain functions: the
+    kernels are what is judged.
+
     Args:
-        line: what the bundle was made from.
+        line: what the bundle was made from, and with which backend it is run.
         bundle: what is judged; its stored engine is opened.
         command: the command line, for the record.
         thorough: every padded length at which something new happens.
         threads: of the engine and of eager.
     """
     torch.set_num_threads(threads or usable_cores())
+    backend = proven_backend(line.spec.backends)
+    on_gpu = backend == "tensorrt" and torch.cuda.is_available()
     cases, itself = [], False
     for name, component in bundle.manifest.components.items():
         metadata = component.metadata
         schedule = bundle.manifest.spec.schedules[metadata.seq_len]
         with line.stage(f"parity {name}"):
-            model = pipeline.eager(line, schedule, "float32")
-            runner = open_runner(bundle, name, BACKEND, line.spec.device, threads)
+            model = pipeline.eager(line, schedule, "float32", PLAIN if on_gpu else None)
+            model = model.cuda() if on_gpu else model
+            runner = open_runner(bundle, name, backend, line.spec.device, threads)
             itself = itself or runner.source.parent == bundle.path
             prompts = prompt_cases(
                 schedule, line.checkpoint.spec.vocab_size, min(metadata.max_batch, 2), thorough,
                 texts=sample_text(bundle, schedule.length),
             )
             cases += [_measure(model, runner, name, case, metadata.dtype) for case in prompts]
-            if runner.source.parent != bundle.path:
+            if backend == "tensorrt":
+                close(runner)
+            elif runner.source.parent != bundle.path:
                 # The file that other runtimes take is judged too, not only the engine's copy.
                 del runner
                 runner = open_runner(
-                    bundle, name, BACKEND, line.spec.device, threads, engine="ignore"
+                    bundle, name, backend, line.spec.device, threads, engine="ignore"
                 )
                 full = prompts[0]._replace(
                     description=f"{prompts[0].description}, the ONNX file itself"
@@ -71,14 +95,25 @@ def measure_parity(
                 cases.append(_measure(model, runner, name, full, metadata.dtype))
     return ParityRecord(
         # No engine of the bundle fits here, or it has none: the record says what was run instead.
-        backend=f"{BACKEND} ({line.spec.device.upper()})"
-        + (", the ONNX file itself" if itself else ""),
-        baseline="eager PyTorch, float32, CPU",
+        backend=_describe(line, backend) + (", the ONNX file itself" if itself else ""),
+        baseline="eager PyTorch, float32, " + ("GPU, plain functions" if on_gpu else "CPU"),
         noise=noise_of(metadata.dtype),
         cases=tuple(cases),
         environment=environment(),
         command=command,
     )
+
+
+def _describe(line: Line, backend: Backend) -> str:
+    if backend == "tensorrt":
+        return f"tensorrt {require_version()} ({list_gpus()[0].name})"
+    return f"{backend} ({line.spec.device.upper()})"
+
+
+def close(runner: Runner) -> None:
+    """Give a runner's memory back where it holds a GPU's."""
+    if hasattr(runner, "close"):
+        runner.close()
 
 
 def _measure(
@@ -129,7 +164,8 @@ def measure_bundle_speed(
     """Latency of every prefill against the fastest dense eager, and of the dense engine.
 
     Args:
-        line: what the bundle was made from; the dense graph is exported and built from it.
+        line: what the bundle was made from; the dense graph is exported and built from it, for
+            the backend that is proven.
         bundle: what is measured; its stored engine is opened.
         command: the command line, for the record.
         threads: of engines and eager alike; None for all usable cores.
@@ -138,37 +174,68 @@ def measure_bundle_speed(
         batch: prompts at a time.
     """
     threads = threads or usable_cores()
-    steady = steady_allocator()
+    backend = proven_backend(line.spec.backends)
+    steady = steady_allocator() if backend == "onnxruntime" else False
     records = []
     for name, component in bundle.manifest.components.items():
         schedule = bundle.manifest.spec.schedules[component.metadata.seq_len]
         dense = ReductionSchedule(method="none", length=schedule.length)
         dense_onnx = pipeline.export(line, dense)
-        dense_folder = pipeline.engine(line, BACKEND, dense_onnx)
+        dense_folder = pipeline.engine(line, backend, dense_onnx)
         ids = _full_prompts(line, batch, schedule.length)
         feeds = {
             "input_ids": ids, "prompt_len": np.full(batch, schedule.length, np.int32)
         }
         with line.stage(f"speed {name}"):
-            baselines = eager_baselines(line.checkpoint, torch.from_numpy(ids), threads)
-            path = dense_folder / dense_onnx.name
-            dense_runner = OrtRunner(open_session(path, "cpu", threads), path)
-            runner = open_runner(bundle, name, BACKEND, "cpu", threads)
+            if backend == "tensorrt":
+                baselines, timed = _gpu_baselines(line, ids)
+                dense_runner = _open_dense(dense_folder, name)
+                runner = open_runner(bundle, name, backend)
+                calls = [_gpu_call(dense_runner, feeds), _gpu_call(runner, feeds)]
+            else:
+                baselines = eager_baselines(line.checkpoint, torch.from_numpy(ids), threads)
+                timed = describe_timed(steady)
+                path = dense_folder / dense_onnx.name
+                dense_runner = OrtRunner(open_session(path, "cpu", threads), path)
+                runner = open_runner(bundle, name, backend, "cpu", threads)
+                calls = [_call(dense_runner, feeds), _call(runner, feeds)]
             records.append(
                 measure_speed(
-                    name,
-                    lambda run=dense_runner.run, feeds=feeds: run(feeds),
-                    lambda run=runner.run, feeds=feeds: run(feeds),
-                    baselines.timed,
+                    name, *calls, baselines.timed,
                     Conditions(
-                        BACKEND, batch, schedule, threads, describe_timed(steady),
-                        environment(), command, baselines.left_out,
+                        backend, batch, schedule, threads, timed, environment(), command,
+                        baselines.left_out,
                     ),
                     samples=samples,
                     max_seconds=max_seconds,
                 )
             )
+            close(dense_runner)
+            close(runner)
     return records
+
+
+def _call(runner: Runner, feeds: dict[str, np.ndarray]) -> Timed:
+    return lambda: runner.run(feeds)
+
+
+def _gpu_call(runner: TrtRunner | RemoteRunner, feeds: dict[str, np.ndarray]) -> Timed:
+    """Replays of a CUDA graph; inputs are uploaded once, here."""
+    runner.run(feeds)
+    return lambda: Milliseconds(runner.latencies(BURST)[-1])
+
+
+def _gpu_baselines(line: Line, ids: np.ndarray) -> tuple[Baselines, str]:
+    from tokred_export.verify.cuda_baselines import TIMED_ON_GPU, cuda_baselines
+
+    return cuda_baselines(line.checkpoint, torch.from_numpy(ids)), TIMED_ON_GPU
+
+
+def _open_dense(folder: Path, component: str) -> TrtRunner | RemoteRunner:
+    """The dense engine, which no bundle holds."""
+    info = read_engines(folder)[component]
+    launcher = folder / LAUNCHER_FILE
+    return open_engine(folder / info.file, launcher if LAUNCHER_FILE in info.files else None)
 
 
 def _full_prompts(line: Line, batch: int, length: int) -> np.ndarray:

@@ -24,6 +24,10 @@ from tokred_export.cli._options import shared_options
     "--stored", is_flag=True, help="Judge the stored record again instead of measuring anew."
 )
 @click.option(
+    "--backend", type=click.Choice(["onnxruntime", "tensorrt"]),
+    help="What runs the bundle  [default: tensorrt if it holds such an engine]",
+)
+@click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
     help="What onnxruntime runs on.",
 )
@@ -36,6 +40,7 @@ def command(
     bisect: bool,
     junit: Path | None,
     stored: bool,
+    backend: str | None,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -51,7 +56,8 @@ def command(
     _console.set_up(verbose, quiet)
     result = building.verify(
         bundle, model=model, command=_console.command_line(), thorough=thorough, stored=stored,
-        threads=threads, junit=junit, bisect=bisect, device=device, stage=_console.Progress(quiet),
+        threads=threads, junit=junit, bisect=bisect, device=device, backend=backend,
+        stage=_console.Progress(quiet),
     )
     if as_json:
         _console.print_json(result)

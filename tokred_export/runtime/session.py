@@ -74,7 +74,7 @@ class Session:
 
         Args:
             path: the bundle's folder.
-            backend: what runs it; only "onnxruntime" so far.
+            backend: what runs it: "onnxruntime", or "tensorrt" on the GPU it was built on.
             device: "cpu" or "cuda".
             threads: CPU threads; None lets the backend choose.
             engine: whether to use the bundle's own engines, see `open_runner`.

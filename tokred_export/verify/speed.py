@@ -29,6 +29,8 @@ class Milliseconds(float):
     """What a timed call returns where the time was taken elsewhere, in an engine's own process."""
 
 FEWEST_SAMPLES = 3
+# Calls in a row for one sample on a GPU; the last counts, so that none pays for the pause before.
+BURST = 3
 MAX_DRIFT = 0.05
 # Baselines that come this close to the fastest in a few samples may yet be the fastest.
 NEAR = 0.05

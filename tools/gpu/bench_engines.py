@@ -27,6 +27,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+from product_floor import product_floor  # noqa: E402
 from random_checkpoint import write_random  # noqa: E402
 from tokred_plugins.opset import PLAIN  # noqa: E402
 
@@ -38,6 +39,7 @@ from tokred_export.runtime import tensorrt_python as python  # noqa: E402
 from tokred_export.runtime.remote import RemoteRunner  # noqa: E402
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE  # noqa: E402
 from tokred_export.specs import BuildSpec, ReductionSpec  # noqa: E402
+from tokred_export.verify.cuda_baselines import mamba_model, timed_calls  # noqa: E402
 from tokred_export.verify.judge import judge_case, tolerance_for  # noqa: E402
 from tokred_export.verify.parity import measure_case  # noqa: E402
 from tokred_export.verify.records import Latency, ParityCase  # noqa: E402
@@ -180,34 +182,28 @@ def run_batch(options: argparse.Namespace, model: str, batch: int) -> Iterator[d
         engine.runner.close()
 
 
-def floor_of(shapes: list[tuple[int, int, int]]) -> float | None:
-    """The projections alone, where mamba-ssm's helpers are here."""
-    with contextlib.suppress(ImportError):
-        from mamba_baseline import product_floor
-
-        found = product_floor(shapes, torch.float16)
-        torch.cuda.empty_cache()
-        return found
-    return None
+def floor_of(shapes: list[tuple[int, int, int]]) -> float:
+    """The projections alone, in milliseconds."""
+    found = product_floor(shapes, torch.float16)
+    torch.cuda.empty_cache()
+    return found
 
 
 def add_baseline(calls: dict, engine: Engine) -> float:
     """mamba-ssm eager and in a graph among the calls; its peak memory in GB."""
-    from mamba_baseline import mamba_model, timed_calls
-
     torch.cuda.reset_peak_memory_stats()
     model = mamba_model(engine.line.checkpoint, torch.bfloat16)
     ids = torch.from_numpy(engine.feeds()["input_ids"]).long().cuda()
     with torch.inference_mode():
         model(ids, num_last_tokens=1)
     peak = torch.cuda.max_memory_allocated() / 1e9
-    calls["eager"], calls["graph"], _ = timed_calls(model, ids)
+    calls["eager"], calls["graph"] = timed_calls(lambda: model(ids, num_last_tokens=1).logits)
     return peak
 
 
 def record(
     options: argparse.Namespace, model: str, engine: Engine, latencies: dict[str, Latency],
-    parity: dict, floor: float | None, memory: dict[str, float],
+    parity: dict, floor: float, memory: dict[str, float],
 ) -> dict:
     """One line of speed.jsonl."""
     mine = latencies[f"engine {engine.share:g}"]
@@ -233,7 +229,7 @@ def record(
         f"{graph.median_ms / mine.median_ms:.2f}x graph ({graph.median_ms:.3f})"
     )
     say(f"{model} batch {engine.batch} {engine.share:g}: {mine.median_ms:.3f} ms{ratios}, "
-        f"products {floor and round(floor, 3)} ms, {found['peak_gb']:.2f} GB")
+        f"products {floor:.3f} ms, {found['peak_gb']:.2f} GB")
     return found
 
 
