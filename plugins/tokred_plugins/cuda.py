@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -72,7 +73,9 @@ def _ssd_scan(
         "initial_state": initial_state,
     }
     specs = [x if x is None else spec_of(x) for x in given.values()]
-    made = run(calls(*specs, n_groups, d_state, dt_min, dt_max), given)
+    major, minor = torch.cuda.get_device_capability(xbc.device)
+    target = 10 * major + minor
+    made = run(calls(*specs, n_groups, d_state, dt_min, dt_max, target=target), given)
     return made["y"], made["state"]
 
 
