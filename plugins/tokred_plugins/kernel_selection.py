@@ -1,81 +1,65 @@
-"""Selection inside one program: the k-th lowest of many keys, without sorting them.
+"""Selection by counting: a token's rank is how many others are lower, ties by position.
 
-Floats become integers of the same order; the k-th lowest is found from its highest bits down,
-two bits at a time, by counting. Ties go to the lower position by a running count.
+All pairs are compared, which a large GPU does faster than one program finds a threshold: 2048
+tokens make 4 million comparisons, spread over all multiprocessors.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202  Triton functions
+# ruff: noqa: ANN001, ANN201  Triton functions
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from tokred_plugins.kernels import Tactic
+
+LONGEST = 32768  # the comparisons grow with the square
+
 
 @triton.jit
-def ascending_bits(x):
-    """uint32 keys in the order of float32 ``x``; both zeros are one value."""
+def ordered(x, at):
+    """int64 keys in the order of (float32 ``x``, position ``at``); both zeros are one value."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    rising = bits ^ ((bits >> 31) & 2147483647)
+    return (rising.to(tl.int64) << 32) | at
 
 
 @triton.jit
-def _add(a, b, c, d):
-    return a + c, b + d
+def count(mask):
+    """How many are true."""
+    return tl.sum(mask.to(tl.int32), axis=0)
 
 
 @triton.jit
-def _three_counts(keys, low, step):
-    # Counts of at most 2^15 in three 20-bit fields of one sum.
-    one = (keys < low + step).to(tl.int64)
-    two = (keys < low + 2 * step).to(tl.int64)
-    three = (keys < low + 3 * step).to(tl.int64)
-    return one + (two << 20) + (three << 40)
+def count_pairs(first, second):
+    """How many are true of two masks, of fewer than 2^16 elements each, in one sum."""
+    both = tl.sum(first.to(tl.int32) + (second.to(tl.int32) << 16), axis=0)
+    return both & 65535, (both >> 16) & 65535
 
 
-@triton.jit
-def _advance(low, step, counts, rank):
-    field: tl.constexpr = (1 << 20) - 1
-    steps = ((counts & field) < rank).to(tl.uint32)
-    steps += (((counts >> 20) & field) < rank).to(tl.uint32)
-    steps += ((counts >> 40) < rank).to(tl.uint32)
-    return low + steps * step
+# MINE tokens a program, which each thread compares with its share of OTHERS, in registers.
+RANK_TACTICS = tuple(
+    Tactic({"MINE": mine, "OTHERS": others}, warps)
+    for mine, others, warps in (
+        (4, 2048, 4), (4, 1024, 4), (16, 1024, 2), (16, 1024, 4), (16, 2048, 4),
+    )
+)
+# TOKENS written a program, after counting OTHERS at a time before them.
+PLACE_TACTICS = tuple(
+    Tactic({"TOKENS": tokens, "OTHERS": others}, warps)
+    for tokens, others, warps in ((256, 2048, 8), (128, 2048, 4), (256, 2048, 4))
+)
 
 
-@triton.jit
-def kth_lowest(keys, rank):
-    """The ``rank``-th lowest of uint32 ``keys`` (1 is the lowest)."""
-    low = tl.full((), 0, tl.uint32)
-    step = tl.full((), 1 << 30, tl.uint32)
-    for _ in range(16):
-        low = _advance(low, step, tl.sum(_three_counts(keys, low, step), axis=0), rank)
-        step = step >> 2
-    return low
+def rank_tactic(batch: int, tokens: int) -> Tactic:
+    """As many others at a time as there are, if few; many tokens a program, which share the
+    making of keys, where there are enough programs all the same."""
+    return RANK_TACTICS[2 if batch * tokens > 4096 else int(tokens <= 1024)]
 
 
-@triton.jit
-def two_kth_lowest(keys, rank_a, rank_b):
-    """:func:`kth_lowest` for two ranks, in one search."""
-    a = tl.full((), 0, tl.uint32)
-    b = tl.full((), 0, tl.uint32)
-    step = tl.full((), 1 << 30, tl.uint32)
-    for _ in range(16):
-        counts_a, counts_b = tl.reduce(
-            (_three_counts(keys, a, step), _three_counts(keys, b, step)), 0, _add
+def check_length(length: int) -> None:
+    """Raise ValueError above the longest sequence that a reduction site takes."""
+    if length > LONGEST:
+        raise ValueError(
+            f"{length} tokens at a reduction site, expected at most {LONGEST}; "
+            "shorten the sequence or remove the site"
         )
-        a = _advance(a, step, counts_a, rank_a)
-        b = _advance(b, step, counts_b, rank_b)
-        step = step >> 2
-    return a, b
-
-
-@triton.jit
-def lowest(keys, kth, rank):
-    """Mask of the ``rank`` lowest keys, given the ``rank``-th; and its running count."""
-    below = keys < kth
-    equal = keys == kth
-    # Two running counts of at most 2^15 in one sum.
-    running = tl.cumsum(below.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
-    ties = running >> 16
-    room = rank - tl.sum(below.to(tl.int32), axis=0)
-    mask = below | (equal & (ties <= room))
-    return mask, (running & 65535) + tl.minimum(ties, room)

@@ -23,14 +23,17 @@ from tokred_plugins.kernels import Call
 def every_call() -> Iterator[Call]:
     """One call of each kernel, at the sizes of 130m with its default tactic."""
     done = set()
-    for case in cases(MODELS["130m"], 1, 2048, "fp16"):
-        calls = case.launches()
-        if case.op == "ssd_scan":  # short and long batches start with different kernels
-            calls += case.launches(segments=1)
-        for call in calls:
-            if call.kernel.name not in done:
-                done.add(call.kernel.name)
-                yield call
+    for batch in (1, 8):  # some kernels are for few tokens, others for many
+        for case in cases(MODELS["130m"], batch, 2048, "fp16"):
+            calls = case.launches()
+            if case.op == "ssd_scan":
+                calls += case.launches(segments=1)
+            if case.op == "gated_rms_norm":
+                calls += case.launches(scores=True)
+            for call in calls:
+                if call.kernel.name not in done:
+                    done.add(call.kernel.name)
+                    yield call
 
 
 def assemble(ptx: str, target: int) -> str:

@@ -15,6 +15,8 @@ from tokred_plugins.embed_rms_norm.reference import embed_rms_norm_reference  # 
 from tokred_plugins.gated_rms_norm import kernel as gated_norm  # noqa: E402
 from tokred_plugins.gated_rms_norm.reference import gated_rms_norm_reference  # noqa: E402
 from tokred_plugins.kernels import run, spec_of  # noqa: E402
+from tokred_plugins.row_tiles import TACTICS  # noqa: E402
+from tokred_plugins.token_importance.reference import token_importance_reference  # noqa: E402
 
 
 def check_add(batch, length, width, dtype, residual_dtype):
@@ -71,6 +73,23 @@ def test_a_large_gate_neither_overflows_nor_leaks():
     assert torch.isfinite(out[:, 2]).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("before", [False, True], ids=["gate first", "norm first"])
+def test_scores_come_with_the_gated_norm(before, dtype):
+    """The importance of y on the way, and the norm as without it; refused with several groups."""
+    given = {
+        "y": make(0, 2, 3, 300, dtype=dtype),
+        "zxbcdt": make(1, 2, 3, 320, dtype=dtype),
+        "weight": make(2, 300, dtype=dtype),
+    }
+    specs = [spec_of(x) for x in given.values()]
+    got = run(gated_norm.calls(*specs, 300, 1e-5, before, scores=True), given)
+    assert torch.equal(got["out"], run(gated_norm.calls(*specs, 300, 1e-5, before), given)["out"])
+    close(got["scores"], token_importance_reference(exact(given)["y"]), 2e-6, "scores")
+    with pytest.raises(ValueError, match="found 100 of 300 channels"):
+        gated_norm.calls(*specs, 100, 1e-5, before, scores=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DTYPES[-1] != torch.bfloat16, reason="true sizes need a GPU")
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -79,7 +98,7 @@ def test_norms_at_true_sizes(width, inner, dtype):
     """Every candidate tactic gives the reference at the sizes of real models."""
     check_add(2, 513, width, dtype, torch.float32)
     check_gated(2, 513, inner, 336, inner, False, dtype)
-    for tactic in add_norm.TACTICS:
+    for tactic in TACTICS:
         given = {
             "hidden": make(0, 1, 65, width, dtype=dtype),
             "residual": make(1, 1, 65, width),

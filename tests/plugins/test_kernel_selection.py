@@ -40,12 +40,14 @@ def test_importance_is_the_mean_of_the_positive_part(width, dtype):
 
 
 def split_by(scores, pads, count, protect, by=None):
-    """Kernel against reference, exactly."""
+    """Kernels against reference, exactly, both ways."""
     given = {"scores": scores, "pads": pads}
-    made = run(split.calls(spec_of(scores), spec_of(pads), count, protect), given)
     lower, upper = (by or token_split_reference)(scores.cpu(), pads.cpu(), count, protect)
-    assert torch.equal(made["lower"].cpu(), lower)
-    assert torch.equal(made["upper"].cpu(), upper)
+    for search in (False, True):
+        specs = (spec_of(scores), spec_of(pads))
+        made = run(split.calls(*specs, count, protect, search=search), given)
+        assert torch.equal(made["lower"].cpu(), lower)
+        assert torch.equal(made["upper"].cpu(), upper)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

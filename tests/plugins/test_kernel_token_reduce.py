@@ -23,7 +23,7 @@ from tokred_plugins.token_reduce.kernel import TACTICS, calls  # noqa: E402
 from tokred_plugins.token_reduce.op import token_reduce  # noqa: E402
 from tokred_plugins.token_reduce.reference import token_reduce_reference  # noqa: E402
 
-SMALL = Tactic({"BLOCK": 32, "TARGETS": 8}, 1)
+SMALL = Tactic({"BLOCK": 32, "TARGETS": 8, "SOURCES": 2}, 1)
 
 
 def a_choice(length, removed, batch, seed=0, targets=None, pads=0):

@@ -186,7 +186,7 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
         for kernel, tactic, segments in variants(case):
             options = {} if segments is None else {"segments": segments}
             calls = case.launches({kernel: tactic}, **options)
-            whole = case.op == "ssd_scan" and kernel == "ssd_scan"  # its chunk decides the other
+            whole = kernel in ("ssd_scan", "ssd_chunk_scan")  # its chunk decides the others
             record(calls, kernel, str(tactic), None if whole else kernel, **options)
     if case.op == "ssd_scan":
         records += mamba_scan(case, prepared, label, floor)
@@ -194,23 +194,11 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
 
 
 def variants(case: Case) -> list[tuple[str, Tactic, int | None]]:
-    """Every kernel with every tactic; the scan with several numbers of segments too."""
-    made = []
-    kernels = {call.kernel.name: call.kernel for call in case.launches()}
-    if case.op == "ssd_scan":
-        kernels |= {c.kernel.name: c.kernel for c in case.launches(segments=2)}
-        kernels |= {c.kernel.name: c.kernel for c in case.launches(segments=1)}
-    for name, kernel in kernels.items():
-        for tactic in kernel.tactics:
-            if name == "ssd_scan":
-                made += [(name, tactic, segments) for segments in (1, 2, 4, 8)]
-            elif name == "ssd_state":
-                made.append((name, tactic, 4))
-            elif name == "ssd_steps":
-                made.append((name, tactic, 1))
-            else:
-                made.append((name, tactic, None))
-    return made
+    """Every kernel with every tactic; the scan both ways."""
+    if case.op != "ssd_scan":
+        return [(c.kernel.name, t, None) for c in case.launches() for t in c.kernel.tactics]
+    return [(call.kernel.name, tactic, segments) for segments in (1, 2)
+            for call in case.launches(segments=segments) for tactic in call.kernel.tactics]
 
 
 def mamba_scan(case: Case, prepared: Prepared, label: dict, floor: float) -> list[dict]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tokred_plugins import opset
@@ -92,6 +93,14 @@ class Case:
         return made if isinstance(made, tuple) else (made,)
 
 
+def this_gpu() -> int | None:
+    """Compute capability times ten, where there is a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def size(spec: Spec) -> int:
     """Bytes of a tensor."""
     width = torch_dtypes()[spec.dtype].itemsize
@@ -155,7 +164,7 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
         "ssd_scan",
         {"xbc": x(batch, length, m.channels), "zxbcdt": packed, "dt_bias": wide(m.heads),
          "a_log": wide(m.heads), "d": wide(m.heads), "pads": pads, "initial_state": None},
-        (1, m.states, 256, 0.0, NO_LIMIT), scan.calls, ("y", "state"),
+        (1, m.states, 256, 0.0, NO_LIMIT), partial(scan.calls, target=this_gpu()), ("y", "state"),
         operations=rows * (per_token + 2.0 * chunk * m.states),
         needed=rows * (m.channels + m.heads) * two,
     )

@@ -1,4 +1,4 @@
-"""The Triton kernel: one program a row, one pass; the row stays in registers."""
+"""The Triton kernel: a program takes a few rows, in one pass; they stay in registers."""
 
 # ruff: noqa: RUF005  Triton has no starred tuples
 from __future__ import annotations
@@ -9,47 +9,43 @@ import triton
 import triton.language as tl
 
 from tokred_plugins.kernels import Call, Kernel, Spec, Tactic, cdiv, choose
-
-
-@triton.jit
-def add_rms_norm_kernel(
-    hidden, residual, weight, normed, residual_out,
-    D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
-):
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    pieces: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    # A row is rarely a power of two: pieces waste no lanes, 2560 = 5 x 512.
-    total = ()
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(pieces):
-        cols = i * BLOCK + tl.arange(0, BLOCK)
-        h = tl.load(hidden + row * D + cols, mask=cols < D, other=0).to(tl.float32)
-        r = tl.load(residual + row * D + cols, mask=cols < D, other=0).to(tl.float32)
-        x = h + r
-        total = total + (x,)
-        squares += x * x
-    scale = tl.rsqrt(tl.sum(squares) / D + EPS)
-    for i in tl.static_range(pieces):
-        cols = i * BLOCK + tl.arange(0, BLOCK)
-        inside = cols < D
-        x = total[i]
-        tl.store(residual_out + row * D + cols, x.to(residual_out.dtype.element_ty), mask=inside)
-        w = tl.load(weight + cols, mask=inside, other=0).to(tl.float32)
-        y = (x * scale * w).to(normed.dtype.element_ty)
-        tl.store(normed + row * D + cols, y, mask=inside)
-
-
-# Eight elements a thread and piece: one 16-byte access of a 16-bit tensor.
-TACTICS = tuple(Tactic({"BLOCK": 256 * warps}, warps) for warps in (1, 2, 4, 8, 16))
-ADD_RMS_NORM = Kernel(
-    "add_rms_norm", add_rms_norm_kernel,
-    ("hidden", "residual", "weight"), (), ("normed", "residual_out"), TACTICS,
+from tokred_plugins.row_tiles import (
+    TACTICS,
+    load_pieces,
+    load_vector,
+    piece_mask,
+    row_tactic,
+    rows_of,
 )
 
 
-def row_tactic(width: int) -> Tactic:
-    """The fewest warps that hold a row of ``width`` in at most three pieces."""
-    return next((t for t in TACTICS if cdiv(width, t.blocks["BLOCK"]) <= 3), TACTICS[-1])
+@triton.jit(do_not_specialize=["length"])
+def add_rms_norm_kernel(
+    hidden, residual, weight, length, normed, residual_out,
+    D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row, there = rows_of(length, ROWS)
+    h = load_pieces(hidden + row * D, there, D, BLOCK)
+    r = load_pieces(residual + row * D, there, D, BLOCK)
+    w = load_vector(weight, D, BLOCK)  # before the sum: it would come late after it
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    total = ()
+    for i in tl.static_range(len(h)):
+        total = total + (h[i] + r[i],)
+        squares += total[i] * total[i]
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
+    for i in tl.static_range(len(h)):
+        cols, mask = piece_mask(i, there, D, BLOCK)
+        at = row * D + cols
+        tl.store(residual_out + at, total[i].to(residual_out.dtype.element_ty), mask=mask)
+        y = total[i] * scale * w[i]
+        tl.store(normed + at, y.to(normed.dtype.element_ty), mask=mask)
+
+
+ADD_RMS_NORM = Kernel(
+    "add_rms_norm", add_rms_norm_kernel,
+    ("hidden", "residual", "weight"), ("length",), ("normed", "residual_out"), TACTICS,
+)
 
 
 def calls(
@@ -58,16 +54,17 @@ def calls(
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.add_rms_norm.op.add_rms_norm`."""
     _, length, width = hidden.shape
+    tactic = choose(ADD_RMS_NORM, tactics, row_tactic(width))
     call = Call(
         kernel=ADD_RMS_NORM,
         inputs={"hidden": hidden.dtype, "residual": residual.dtype, "weight": weight.dtype},
-        extras={},
+        extras={"length": length},
         outputs={
             "normed": Spec(hidden.shape, hidden.dtype),
             "residual_out": Spec(residual.shape, residual.dtype),
         },
         constants={"D": width, "EPS": eps},
-        tactic=choose(ADD_RMS_NORM, tactics, row_tactic(width)),
-        grid=(length, 1),
+        tactic=tactic,
+        grid=(cdiv(length, tactic.blocks["ROWS"]), 1),
     )
     return (call,)

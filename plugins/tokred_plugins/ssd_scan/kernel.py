@@ -1,9 +1,7 @@
-"""The Triton kernels: the sequence is cut into segments, a segment is walked chunk by chunk.
+"""The scan where sequences and heads fill the GPU: one program each, chunk after chunk.
 
-First ``ssd_steps`` (one segment) or ``ssd_state`` (several) leaves dt and its running decay,
-and, with several segments, the state that each adds. Then ``ssd_scan`` starts from the states
-of the segments before its own and keeps the running state in registers: a chunk's state never
-reaches memory. README.md counts bytes and operations.
+``ssd_steps`` leaves dt and its running decay. ``ssd_scan`` keeps the running state in registers:
+a chunk's state never reaches memory. README.md counts bytes and operations.
 """
 
 # ruff: noqa: RUF005  Triton has no starred tuples
@@ -61,93 +59,20 @@ def add_chunk(state, b, x, dt, total, last, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def write_steps(
-    zxbcdt, rows, pad, length, head, bias, log, steps,
-    Z: tl.constexpr, H: tl.constexpr, DT_MIN: tl.constexpr, DT_MAX: tl.constexpr,
-):
-    """One head's dt, running and whole decay of a chunk; stores the first two in pairs."""
-    real = (rows >= pad) & (rows < length)
-    raw = tl.load(zxbcdt + rows * Z + (Z - H) + head, mask=real, other=0)
-    step, rate = decays(raw, bias, log, real, DT_MIN, DT_MAX)
-    running = tl.cumsum(rate, axis=0)
-    pair = tl.join(step, running)
-    tl.store(steps + 2 * rows[:, None] + tl.arange(0, 2)[None, :], pair)
-    return step, running, tl.sum(rate, axis=0)
-
-
-@triton.jit(do_not_specialize=["length", "chunks", "segment"])
-def ssd_state_kernel(
-    xbc, zxbcdt, dt_bias, a_log, pads, length, chunks, segment, steps, added, decay,
-    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, Z: tl.constexpr,
-    DT_MIN: tl.constexpr, DT_MAX: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, Q: tl.constexpr,
-):
-    C: tl.constexpr = H * P + 2 * G * N
-    head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    pad = tl.load(pads + batch)
-    # Offsets inside one sequence fit 32 bits (see calls); the sequence's own start may not.
-    xbc += batch.to(tl.int64) * length * C
-    zxbcdt += batch.to(tl.int64) * length * Z
-    steps += (batch.to(tl.int64) * H + head) * (chunks * Q * 2)
-    p, n, q = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
-    b_cols = H * P + head // (H // G) * N + n
-    bias = tl.load(dt_bias + head)
-    log = tl.load(a_log + head)
-    first, stop = part * segment, tl.minimum((part + 1) * segment, chunks)
-
-    if part == tl.num_programs(1) - 1:  # no segment starts from the state of the last
-        for chunk in range(first, stop):
-            write_steps(
-                zxbcdt, chunk * Q + q, pad, length, head, bias, log, steps, Z, H,
-                DT_MIN, DT_MAX,
-            )
-    else:
-        state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-        log_decay = 0.0
-        for chunk in range(first, stop):
-            rows = chunk * Q + q
-            real = (rows >= pad) & (rows < length)
-            b = tl.load(
-                xbc + rows[:, None] * C + b_cols[None, :],
-                mask=real[:, None] & (n < N)[None, :], other=0,
-            )
-            x = tl.load(
-                xbc + rows[:, None] * C + (head * P + p)[None, :],
-                mask=real[:, None] & (p < P)[None, :], other=0,
-            )
-            step, running, last = write_steps(
-                zxbcdt, rows, pad, length, head, bias, log, steps, Z, H, DT_MIN, DT_MAX
-            )
-            state = add_chunk(state, b, x, step, running, last, PRECISION)
-            log_decay += last
-        slot = (batch * (tl.num_programs(1) - 1) + part).to(tl.int64) * H + head
-        tile = added + slot * N * P + n[:, None] * P + p[None, :]
-        tl.store(tile, state, mask=(n < N)[:, None] & (p < P)[None, :])
-        tl.store(decay + slot, log_decay)
-
-
-@triton.jit
 def start_states(
-    initial_state, added, decay, batch, part, parts, first_head,
+    initial_state, batch, first_head,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, p, n, HEADS: tl.constexpr,
 ):
-    """The states before segment ``part``, one [N, P] a head."""
+    """The initial states, one [N, P] a head."""
     states = ()
-    inside = (n < N)[:, None] & (p < P)[None, :]
     for h in tl.static_range(HEADS):
-        head = first_head + h
         if initial_state is None:
             state = tl.zeros((n.shape[0], p.shape[0]), tl.float32)
         else:
-            slot = batch.to(tl.int64) * H + head
+            slot = batch.to(tl.int64) * H + first_head + h
             tile = initial_state + slot * N * P + p[None, :] * N + n[:, None]
+            inside = (n < N)[:, None] & (p < P)[None, :]
             state = tl.load(tile, mask=inside, other=0).to(tl.float32)
-        if added is not None:
-            for s in range(part):
-                slot = (batch * (parts - 1) + s).to(tl.int64) * H + head
-                tile = added + slot * N * P + n[:, None] * P + p[None, :]
-                more = tl.load(tile, mask=inside, other=0)
-                state = state * tl.exp2(tl.load(decay + slot)) + more
         states = states + (state,)
     return states
 
@@ -162,7 +87,7 @@ def padded_outputs(
     for at in range(start, end, Q):
         rows = at + tl.arange(0, Q)
         inside = (rows < end)[:, None] & (p < P)[None, :]
-        for h in tl.static_range(HEADS):
+        for h in range(0, HEADS):
             head = first_head + h
             cols = (head * P + p)[None, :]
             x = tl.load(xbc + rows[:, None] * C + cols, mask=inside, other=0)
@@ -177,15 +102,15 @@ def padded_outputs(
             tl.store(y + rows[:, None] * (H * P) + cols, out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "segment"])
+@triton.jit(do_not_specialize=["length", "chunks"])
 def ssd_scan_kernel(
-    xbc, d, pads, initial_state, steps, added, decay, length, chunks, segment, y, state,
+    xbc, d, pads, initial_state, steps, length, chunks, y, state,
     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
 ):
     C: tl.constexpr = H * P + 2 * G * N
     first_head = tl.program_id(0) * HEADS
-    part, batch = tl.program_id(1), tl.program_id(2)
+    batch = tl.program_id(2)
     pad = tl.load(pads + batch)
     xbc += batch.to(tl.int64) * length * C
     y += batch.to(tl.int64) * length * (H * P)
@@ -193,23 +118,20 @@ def ssd_scan_kernel(
     p, n, q = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
     b_cols = H * P + first_head // (H // G) * N + n
     c_cols = b_cols + G * N
-    states = start_states(
-        initial_state, added, decay, batch, part, tl.num_programs(1), first_head,
-        H, P, N, p, n, HEADS,
-    )
-    first, stop = part * segment, tl.minimum((part + 1) * segment, chunks)
-    # Chunks of padding alone leave the state as it is.
-    for chunk in range(tl.maximum(first, pad // Q), stop):
+    states = start_states(initial_state, batch, first_head, H, P, N, p, n, HEADS)
+    # Chunks of padding alone leave the state as it is. In others, rows of padding or beyond the
+    # end read a neighbour in place of a mask, which costs more: dt is zero there.
+    first = tl.where(pad < length, tl.maximum(pad, 0) // Q, chunks)
+    in_n, in_p = (n < N)[None, :], (p < P)[None, :]
+    for chunk in range(first, chunks):
         rows = chunk * Q + q
-        real = (rows >= pad) & (rows < length)
-        in_n = real[:, None] & (n < N)[None, :]
-        in_p = real[:, None] & (p < P)[None, :]
-        c = tl.load(xbc + rows[:, None] * C + c_cols[None, :], mask=in_n, other=0)
-        b = tl.load(xbc + rows[:, None] * C + b_cols[None, :], mask=in_n, other=0)
+        at = tl.minimum(tl.maximum(rows, pad), length - 1)[:, None] * C
+        c = tl.load(xbc + at + c_cols[None, :], mask=in_n, other=0)
+        b = tl.load(xbc + at + b_cols[None, :], mask=in_n, other=0)
         scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)  # one group, all its heads
         for h in tl.static_range(HEADS):
             cols = ((first_head + h) * P + p)[None, :]
-            x = tl.load(xbc + rows[:, None] * C + cols, mask=in_p, other=0)
+            x = tl.load(xbc + at + cols, mask=in_p, other=0)
             # Loaded in pairs: Triton would otherwise load each once for every layout it needs.
             mine = steps + h * (chunks * Q * 2)
             step, run = tl.split(tl.load(mine + 2 * rows[:, None] + tl.arange(0, 2)[None, :]))
@@ -220,16 +142,17 @@ def ssd_scan_kernel(
             out *= tl.exp2(run)[:, None]
             out = tl.dot(mixed, x, acc=out, input_precision=PRECISION)
             out += x.to(tl.float32) * tl.load(d + first_head + h)
-            tl.store(y + rows[:, None] * (H * P) + cols, out.to(y.dtype.element_ty), mask=in_p)
+            real = ((rows >= pad) & (rows < length))[:, None]
+            tile = y + rows[:, None] * (H * P) + cols
+            tl.store(tile, out.to(y.dtype.element_ty), mask=real & in_p)
             last = tl.load(mine + (chunk + 1) * (Q * 2) - 1)
             # The oldest entry is this head's: the tuple turns once round a chunk.
             states = states[1:] + (add_chunk(states[0], b, x, step, run, last, PRECISION),)
     padded_outputs(
-        xbc, d, initial_state, y, batch, first * Q, tl.minimum(stop * Q, pad), first_head,
+        xbc, d, initial_state, y, batch, 0, tl.minimum(pad, length), first_head,
         p, n, c_cols, H, P, N, C, Q, HEADS, PRECISION,
     )
-    if part == tl.num_programs(1) - 1:
-        for h in tl.static_range(HEADS):
-            slot = batch.to(tl.int64) * H + first_head + h
-            tile = state + slot * N * P + p[None, :] * N + n[:, None]
-            tl.store(tile, states[h], mask=(n < N)[:, None] & (p < P)[None, :])
+    for h in tl.static_range(HEADS):
+        slot = batch.to(tl.int64) * H + first_head + h
+        tile = state + slot * N * P + p[None, :] * N + n[:, None]
+        tl.store(tile, states[h], mask=(n < N)[:, None] & (p < P)[None, :])

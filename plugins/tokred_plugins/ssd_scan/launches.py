@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from tokred_plugins.aot import SHARED_LIMITS
 from tokred_plugins.kernels import (
     PRECISION,
     Call,
+    Constant,
     Kernel,
     Spec,
     Tactic,
@@ -15,30 +18,54 @@ from tokred_plugins.kernels import (
     choose,
     power_of_two,
 )
-from tokred_plugins.ssd_scan.kernel import ssd_scan_kernel, ssd_state_kernel, ssd_steps_kernel
+from tokred_plugins.ssd_scan.kernel import ssd_scan_kernel, ssd_steps_kernel
+from tokred_plugins.ssd_scan.parallel import (
+    ssd_chunk_scan_kernel,
+    ssd_chunk_state_kernel,
+    ssd_pass_kernel,
+)
 
 # A large GPU's multiprocessors: one program each with three stages of loads, two with two.
 MULTIPROCESSORS = 132
+# Bytes of shared memory that tiles of 128 rows take.
+LARGE_TILES = 133_120
 
 SSD_STEPS = Kernel(
     "ssd_steps", ssd_steps_kernel,
     ("zxbcdt", "dt_bias", "a_log", "pads"), ("length", "chunks"), ("steps",),
     tuple(Tactic({"BLOCK": block}, warps) for block, warps in ((16, 4), (32, 4), (16, 2), (8, 2))),
 )
-SSD_STATE = Kernel(
-    "ssd_state", ssd_state_kernel,
-    ("xbc", "zxbcdt", "dt_bias", "a_log", "pads"), ("length", "chunks", "segment"),
-    ("steps", "added", "decay"),
-    tuple(Tactic({}, warps, stages) for warps, stages in ((4, 3), (4, 2), (4, 1))),
-)
 SSD_SCAN = Kernel(
     "ssd_scan", ssd_scan_kernel,
-    ("xbc", "d", "pads", "initial_state", "steps", "added", "decay"),
-    ("length", "chunks", "segment"), ("y", "state"),
+    ("xbc", "d", "pads", "initial_state", "steps"), ("length", "chunks"), ("y", "state"),
     tuple(
         Tactic({"Q": q, "HEADS": heads}, warps, stages)
         for q, heads, warps, stages in (
             (64, 1, 4, 3), (64, 1, 4, 2), (64, 2, 4, 2), (128, 1, 8, 2), (64, 1, 4, 1),
+        )
+    ),
+)
+SSD_CHUNK_STATE = Kernel(
+    "ssd_chunk_state", ssd_chunk_state_kernel,
+    ("xbc", "zxbcdt", "dt_bias", "a_log", "pads"), ("length", "chunks"), ("steps", "added"),
+    tuple(Tactic({}, warps) for warps in (4, 8)),
+)
+SSD_PASS = Kernel(
+    "ssd_pass", ssd_pass_kernel,
+    ("added", "steps", "initial_state"), ("chunks",), ("starts", "state"),
+    tuple(
+        Tactic({"BLOCK": block, "AHEAD": ahead}, warps)
+        for block, ahead, warps in ((1024, 8, 4), (512, 16, 4), (512, 8, 4))
+    ),
+)
+SSD_CHUNK_SCAN = Kernel(
+    "ssd_chunk_scan", ssd_chunk_scan_kernel,
+    ("xbc", "d", "pads", "initial_state", "steps", "starts"), ("length", "chunks"), ("y",),
+    tuple(
+        Tactic({"Q": q, "ROWS": rows, "HEADS": heads}, warps, stages)
+        for q, rows, heads, warps, stages in (
+            (128, 64, 3, 4, 2), (128, 64, 6, 4, 2), (128, 128, 3, 8, 3), (128, 128, 6, 8, 3),
+            (64, 64, 1, 4, 1),
         )
     ),
 )
@@ -50,26 +77,11 @@ def fitted(tactic: Tactic, heads_per_group: int) -> Tactic:
     return Tactic({**tactic.blocks, "HEADS": heads}, tactic.num_warps, tactic.num_stages)
 
 
-def count_segments(programs: int, length: int, chunk: int) -> int:
-    """How many segments fill the GPU, with at least two chunks in each; their states cost
-    another pass over x and B, which pays where half of the GPU would idle."""
-    if 2 * programs >= MULTIPROCESSORS:
-        return 1
-    return max(1, min(cdiv(2 * MULTIPROCESSORS, programs), length // (2 * chunk)))
-
-
-def scan_tactic(dtype: str, programs: int) -> Tactic:
-    """Three stages of loads, or two where one wave then holds all programs; one for float32,
-    whose stages are twice as large."""
-    if dtype == "fp32":
-        return SSD_SCAN.tactics[-1]
-    return SSD_SCAN.tactics[MULTIPROCESSORS < programs <= 2 * MULTIPROCESSORS]
-
-
 def calls(
     xbc: Spec, zxbcdt: Spec, dt_bias: Spec, a_log: Spec, d: Spec, pads: Spec,
     initial_state: Spec | None, n_groups: int, d_state: int, dt_min: float, dt_max: float,
     tactics: Mapping[str, Tactic] | None = None, segments: int | None = None,
+    target: int | None = None,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.ssd_scan.op.ssd_scan`.
 
@@ -77,66 +89,154 @@ def calls(
         xbc, zxbcdt, dt_bias, a_log, d, pads, initial_state: the op's inputs.
         n_groups, d_state, dt_min, dt_max: the op's attributes.
         tactics: kernel name -> tactic, where not the default; the scan's decides the chunk.
-        segments: how many pieces of the sequence run side by side; by default as many as fill
-            a large GPU with the batch given here.
+        segments: 1 has one program walk a sequence and head, more has all chunks run side by
+            side; by default whichever is faster with the batch given here.
+        target: compute capability times ten, for tactics that not every GPU has room for.
 
     Raises:
         ValueError: a sequence whose projection has 2^31 elements or more.
     """
     batch, length, channels = xbc.shape
     heads = dt_bias.shape[0]
-    head_dim = (channels - 2 * n_groups * d_state) // heads
     if length * zxbcdt.shape[2] >= 2**31:
         raise ValueError(
             f"a sequence of {length} tokens x {zxbcdt.shape[2]} columns is too long for the "
             "scan's 32-bit offsets; split it"
         )
-    default = scan_tactic(xbc.dtype, batch * heads)
-    scan = fitted(choose(SSD_SCAN, tactics, default), heads // n_groups)
-    chunk = scan.blocks["Q"]
-    if segments is None:
-        segments = count_segments(batch * heads // scan.blocks["HEADS"], length, chunk)
-    chunks = cdiv(length, chunk)
-    segment = cdiv(chunks, segments)  # in chunks
-    segments = cdiv(chunks, segment)
-
+    head_dim = (channels - 2 * n_groups * d_state) // heads
+    shapes = _Shapes(
+        batch, length, heads, head_dim, n_groups, d_state, zxbcdt.shape[2], xbc.dtype,
+    )
     dtypes = {
         "xbc": xbc.dtype, "zxbcdt": zxbcdt.dtype, "dt_bias": dt_bias.dtype,
         "a_log": a_log.dtype, "d": d.dtype, "pads": pads.dtype, "steps": "fp32",
+        "added": "fp32", "starts": xbc.dtype,
     }
     if initial_state is not None:
         dtypes["initial_state"] = initial_state.dtype
-    sizes = {
-        "H": heads, "P": head_dim, "G": n_groups, "N": d_state,
-        "PRECISION": PRECISION[xbc.dtype],
-        "BLOCK_P": power_of_two(head_dim, 16), "BLOCK_N": power_of_two(d_state, 16),
-    }
-    steps = {"Z": zxbcdt.shape[2], "DT_MIN": dt_min, "DT_MAX": dt_max, "Q": chunk}
-    extras = {"length": length, "chunks": chunks, "segment": segment}
-    outputs = {"steps": Spec((batch, heads, chunks * chunk, 2), "fp32")}
+    limits = {"DT_MIN": dt_min, "DT_MAX": dt_max}
+    if segments is None:
+        # Where half of the GPU would idle.
+        segments = 2 if 2 * batch * heads < MULTIPROCESSORS else 1
     if segments == 1:
-        tactic = choose(SSD_STEPS, tactics, SSD_STEPS.tactics[0])
-        grid = (cdiv(heads, tactic.blocks["BLOCK"]), chunks)
-        first = _call(SSD_STEPS, dtypes, extras, outputs, {"H": heads, **steps}, tactic, grid)
-    else:
-        part = (batch, segments - 1, heads)
-        outputs["added"] = Spec((*part, d_state, head_dim), "fp32")
-        outputs["decay"] = Spec(part, "fp32")
-        tactic = choose(SSD_STATE, tactics, SSD_STATE.tactics[0 if xbc.dtype != "fp32" else -1])
-        dtypes |= {"added": "fp32", "decay": "fp32"}
-        grid = (heads, segments)
-        first = _call(SSD_STATE, dtypes, extras, outputs, {**sizes, **steps}, tactic, grid)
-    outputs = {
-        "y": Spec((batch, length, heads * head_dim), xbc.dtype),
-        "state": Spec((batch, heads, head_dim, d_state), "fp32"),
-    }
-    grid = (heads // scan.blocks["HEADS"], segments)
-    return first, _call(SSD_SCAN, dtypes, extras, outputs, sizes, scan, grid)
+        return _walk(shapes, dtypes, limits, tactics)
+    return _side_by_side(shapes, dtypes, limits, tactics, target)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What the launches need of the tensors."""
+
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    groups: int
+    states: int
+    columns: int
+    dtype: str
+
+    @property
+    def sizes(self) -> dict[str, Constant]:
+        """Constants of the kernels with matrix products."""
+        return {
+            "H": self.heads, "P": self.head_dim, "G": self.groups, "N": self.states,
+            "PRECISION": PRECISION[self.dtype],
+            "BLOCK_P": power_of_two(self.head_dim, 16), "BLOCK_N": power_of_two(self.states, 16),
+        }
+
+    def per_chunk(self, chunks: int, dtype: str) -> Spec:
+        """A state for each chunk."""
+        shape = (self.batch, chunks, self.heads, self.head_dim, self.states)
+        return Spec(shape, dtype)
+
+    def steps(self, chunks: int, chunk: int) -> Spec:
+        return Spec((self.batch, self.heads, chunks * chunk, 2), "fp32")
+
+    @property
+    def y(self) -> Spec:
+        return Spec((self.batch, self.length, self.heads * self.head_dim), self.dtype)
+
+    @property
+    def state(self) -> Spec:
+        return Spec((self.batch, self.heads, self.head_dim, self.states), "fp32")
+
+
+def _walk(
+    s: _Shapes, dtypes: Mapping[str, str], limits: Mapping[str, float],
+    tactics: Mapping[str, Tactic] | None,
+) -> tuple[Call, ...]:
+    """One program a sequence and head."""
+    programs = s.batch * s.heads
+    if s.dtype == "fp32":  # its stages are twice as large
+        default = SSD_SCAN.tactics[-1]
+    else:  # three stages of loads, or two where one wave then holds all programs
+        default = SSD_SCAN.tactics[MULTIPROCESSORS < programs <= 2 * MULTIPROCESSORS]
+    scan = fitted(choose(SSD_SCAN, tactics, default), s.heads // s.groups)
+    chunk = scan.blocks["Q"]
+    chunks = cdiv(s.length, chunk)
+    extras = {"length": s.length, "chunks": chunks}
+    steps = choose(SSD_STEPS, tactics, SSD_STEPS.tactics[0])
+    return (
+        _call(
+            SSD_STEPS, dtypes, extras, {"steps": s.steps(chunks, chunk)},
+            {"H": s.heads, "Z": s.columns, "Q": chunk, **limits}, steps,
+            (cdiv(s.heads, steps.blocks["BLOCK"]), chunks),
+        ),
+        _call(
+            SSD_SCAN, dtypes, extras, {"y": s.y, "state": s.state}, s.sizes, scan,
+            (s.heads // scan.blocks["HEADS"], 1),
+        ),
+    )
+
+
+def chunk_scan_tactic(s: _Shapes, target: int | None) -> Tactic:
+    """As few heads a program as one wave allows; large tiles where the target has room for them;
+    small ones for float32, which needs twice the room."""
+    if s.dtype == "fp32":
+        return SSD_CHUNK_SCAN.tactics[-1]
+    large = SHARED_LIMITS.get(target, 0) >= LARGE_TILES
+    few, many = SSD_CHUNK_SCAN.tactics[2:4] if large else SSD_CHUNK_SCAN.tactics[:2]
+    programs = s.batch * cdiv(s.heads, few.blocks["HEADS"]) * cdiv(s.length, few.blocks["Q"])
+    return few if programs <= MULTIPROCESSORS else many
+
+
+def _side_by_side(
+    s: _Shapes, dtypes: Mapping[str, str], limits: Mapping[str, float],
+    tactics: Mapping[str, Tactic] | None, target: int | None,
+) -> tuple[Call, ...]:
+    """All chunks at once, their states handed on between two kernels."""
+    scan = choose(SSD_CHUNK_SCAN, tactics, chunk_scan_tactic(s, target))
+    scan = fitted(scan, s.heads // s.groups)
+    added = choose(SSD_CHUNK_STATE, tactics, SSD_CHUNK_STATE.tactics[0])
+    passing = choose(SSD_PASS, tactics, SSD_PASS.tactics[0])
+    chunk = scan.blocks["Q"]
+    chunks = cdiv(s.length, chunk)
+    extras = {"length": s.length, "chunks": chunks}
+    elements = s.head_dim * s.states
+    return (
+        _call(
+            SSD_CHUNK_STATE, dtypes, extras,
+            {"steps": s.steps(chunks, chunk), "added": s.per_chunk(chunks, "fp32")},
+            {**s.sizes, "Z": s.columns, "Q": chunk, **limits}, added,
+            (s.heads, chunks),
+        ),
+        _call(
+            SSD_PASS, dtypes, extras,
+            {"starts": s.per_chunk(chunks, s.dtype), "state": s.state},
+            {"H": s.heads, "P": s.head_dim, "N": s.states, "Q": chunk}, passing,
+            (s.heads, cdiv(elements, passing.blocks["BLOCK"])),
+        ),
+        _call(
+            SSD_CHUNK_SCAN, dtypes, extras, {"y": s.y}, s.sizes, scan,
+            (s.heads // scan.blocks["HEADS"], cdiv(s.length, scan.blocks["ROWS"])),
+        ),
+    )
 
 
 def _call(
     kernel: Kernel, dtypes: Mapping[str, str], extras: Mapping[str, int],
-    outputs: Mapping[str, Spec], constants: Mapping[str, int | float], tactic: Tactic,
+    outputs: Mapping[str, Spec], constants: Mapping[str, Constant], tactic: Tactic,
     grid: tuple[int, int],
 ) -> Call:
     return Call(

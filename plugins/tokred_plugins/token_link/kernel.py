@@ -1,5 +1,6 @@
-"""The Triton kernel: one program a sequence; two selections by one search."""
+"""The Triton kernels: every link's rank by counting, then who goes where."""
 
+# ruff: noqa: RUF005  Triton has no starred tuples
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -7,54 +8,116 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from tokred_plugins.kernel_selection import ascending_bits, lowest, two_kth_lowest
-from tokred_plugins.kernels import Call, Kernel, Spec, Tactic, choose, power_of_two
-from tokred_plugins.token_split.kernel import TACTICS, check_length, warps_for
+from tokred_plugins.kernel_selection import (
+    RANK_TACTICS,
+    check_length,
+    count,
+    count_pairs,
+    ordered,
+    rank_tactic,
+)
+from tokred_plugins.kernels import Call, Kernel, Spec, Tactic, cdiv, choose
+
+
+@triton.jit
+def link_keys(similarity, lower, i, pad, n_lower):
+    """Padding first, then the strongest link; places beyond the end last."""
+    strength = tl.load(similarity + i, mask=i < n_lower, other=0)
+    position = tl.load(lower + i, mask=i < n_lower, other=0)
+    key = ordered(tl.where(position < pad, -3.0e38, -strength), i)
+    return tl.where(i < n_lower, key, 9223372036854775807)
+
+
+@triton.jit(do_not_specialize=["n_lower"])
+def token_link_rank_kernel(
+    similarity, lower, pads, n_lower, rank, MINE: tl.constexpr, OTHERS: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    pad = tl.load(pads + batch)
+    similarity += batch * n_lower
+    lower += batch * n_lower
+    start = tl.program_id(0) * MINE
+    mine = ()
+    totals = ()
+    for m in tl.static_range(MINE):
+        mine = mine + (link_keys(similarity, lower, start + m, pad, n_lower),)
+        totals = totals + (0,)
+    for first in range(0, n_lower, OTHERS):
+        keys = link_keys(similarity, lower, first + tl.arange(0, OTHERS), pad, n_lower)
+        for m in tl.static_range(MINE // 2):
+            one, two = count_pairs(keys < mine[2 * m], keys < mine[2 * m + 1])
+            # The oldest entries are these links': the tuple turns once round a block.
+            totals = totals[2:] + (totals[0] + one, totals[1] + two)
+    for m in tl.static_range(MINE):
+        tl.store(rank + batch * n_lower + start + m, totals[m], mask=start + m < n_lower)
 
 
 @triton.jit(do_not_specialize=["n_lower", "n_upper", "removed"])
 def token_link_kernel(
-    similarity, target, lower, upper, pads, n_lower, n_upper, removed, src, dst, merge, keep,
-    PRUNE_PERMILLE: tl.constexpr, BLOCK_LOWER: tl.constexpr, BLOCK_UPPER: tl.constexpr,
+    rank, target, lower, upper, pads, n_lower, n_upper, removed, src, dst, merge, keep,
+    PRUNE_PERMILLE: tl.constexpr, TOKENS: tl.constexpr, OTHERS: tl.constexpr,
 ):
-    batch = tl.program_id(2)
-    row = batch.to(tl.int64)
-    i, j = tl.arange(0, BLOCK_LOWER), tl.arange(0, BLOCK_UPPER)
+    batch = tl.program_id(2).to(tl.int64)
+    pad = tl.load(pads + batch)
+    rank += batch * n_lower
+    lower += batch * n_lower
+    upper += batch * n_upper
+    keep += batch * (n_lower + n_upper - removed)
+    start = tl.program_id(0) * TOKENS
+    i = start + tl.arange(0, TOKENS)
     inside = i < n_lower
-    position = tl.load(lower + row * n_lower + i, mask=inside, other=0)
-    partner = tl.load(target + row * n_lower + i, mask=inside, other=-1)
-    strength = tl.load(similarity + row * n_lower + i, mask=inside, other=0)
-    other = tl.load(upper + row * n_upper + j, mask=j < n_upper, other=0)
+    position = tl.load(lower + i, mask=inside, other=0)
+    mine = tl.load(rank + i, mask=inside, other=removed)
+    partner = tl.load(target + batch * n_lower + i, mask=inside, other=-1)
+    # An upper position p at place j has p - j lower ones before it.
+    others = ()
+    moved = ()
+    for m in tl.static_range(TOKENS):
+        others = others + (tl.load(upper + start + m, mask=start + m < n_upper, other=0),)
+        moved = moved + (0,)
 
-    # Padding first, then the strongest link: the lowest key goes first.
-    padding = inside & (position < tl.load(pads + batch))
-    keys = tl.where(padding, 0, ascending_bits(-strength))
-    keys = tl.where(inside, keys, 4294967295)
-    n_pad = tl.minimum(tl.sum(padding.to(tl.int32), axis=0), removed)
+    # How many of the lower tokens go before each upper one, and before this program's lower ones.
+    n_pad = 0
+    before = 0
+    for first in range(0, n_lower, OTHERS):
+        k = first + tl.arange(0, OTHERS)
+        goes = tl.load(rank + k, mask=k < n_lower, other=removed) < removed
+        n_pad += count(tl.load(lower + k, mask=k < n_lower, other=pad) < pad)
+        before += count(goes & (k < start))
+        for m in tl.static_range(0, TOKENS, 2):
+            one, two = count_pairs(
+                goes & (k < others[m] - (start + m)),
+                goes & (k < others[m + 1] - (start + m + 1)),
+            )
+            moved = moved[2:] + (moved[0] + one, moved[1] + two)
+    for m in tl.static_range(TOKENS):
+        tl.store(keep + others[m] - moved[m], others[m], mask=start + m < n_upper)
+
+    n_pad = tl.minimum(n_pad, removed)
     n_prune = (removed - n_pad) * PRUNE_PERMILLE // 1000
-    kth, kth_merge = two_kth_lowest(keys, removed, n_pad + n_prune)
-    gone, rank = lowest(keys, kth, removed)
-    prunes, _ = lowest(keys, kth_merge, n_pad + n_prune)
-
-    slot = row * removed + rank - 1
+    gone = mine < removed
+    place = before + tl.cumsum(gone.to(tl.int32), axis=0)
+    slot = batch * removed + place - 1
     tl.store(src + slot, position, mask=gone)
-    tl.store(dst + slot, tl.where(padding, -1, partner), mask=gone)
-    tl.store(merge + slot, prunes == 0, mask=gone)
-
-    # A survivor moves down by the removed positions before it. An upper position p at place j
-    # has p - j lower ones before it; rank of the last of them counts those that are gone.
-    keep += row * (n_lower + n_upper - removed)
-    tl.store(keep + position - rank, position, mask=inside & (gone == 0))
-    before = other - j
-    moved = tl.gather(rank, tl.maximum(before - 1, 0), axis=0)
-    moved = tl.where(before > 0, moved, 0)
-    tl.store(keep + other - moved, other, mask=j < n_upper)
+    tl.store(dst + slot, tl.where(mine < n_pad, -1, partner), mask=gone)
+    tl.store(merge + slot, mine >= n_pad + n_prune, mask=gone)
+    tl.store(keep + position - place, position, mask=inside & (gone == 0))
 
 
+TOKEN_LINK_RANK = Kernel(
+    "token_link_rank", token_link_rank_kernel,
+    ("similarity", "lower", "pads"), ("n_lower",), ("rank",), RANK_TACTICS,
+)
 TOKEN_LINK = Kernel(
     "token_link", token_link_kernel,
-    ("similarity", "target", "lower", "upper", "pads"), ("n_lower", "n_upper", "removed"),
-    ("src", "dst", "merge", "keep"), TACTICS,
+    ("rank", "target", "lower", "upper", "pads"), ("n_lower", "n_upper", "removed"),
+    ("src", "dst", "merge", "keep"),
+    tuple(
+        Tactic({"TOKENS": tokens, "OTHERS": others}, warps)
+        for tokens, others, warps in (
+            (8, 1024, 4), (16, 1024, 2), (4, 1024, 4), (16, 1024, 4),
+        )
+    ),
 )
 
 
@@ -65,16 +128,27 @@ def calls(
     """The launches of :func:`tokred_plugins.token_link.op.token_link`.
 
     Raises:
-        ValueError: more tokens than one program can hold.
+        ValueError: more tokens than a reduction site takes.
     """
     batch, n_lower = lower.shape
     n_upper = upper.shape[1]
     check_length(n_lower + n_upper)
-    call = Call(
+    ranking = choose(TOKEN_LINK_RANK, tactics, rank_tactic(batch, n_lower))
+    placing = choose(TOKEN_LINK, tactics, TOKEN_LINK.tactics[batch * n_lower > 4096])
+    rank = Call(
+        kernel=TOKEN_LINK_RANK,
+        inputs={"similarity": similarity.dtype, "lower": lower.dtype, "pads": pads.dtype},
+        extras={"n_lower": n_lower},
+        outputs={"rank": Spec((batch, n_lower), "i32")},
+        constants={},
+        tactic=ranking,
+        grid=(cdiv(n_lower, ranking.blocks["MINE"]), 1),
+    )
+    place = Call(
         kernel=TOKEN_LINK,
         inputs={
-            "similarity": similarity.dtype, "target": target.dtype, "lower": lower.dtype,
-            "upper": upper.dtype, "pads": pads.dtype,
+            "rank": "i32", "target": target.dtype, "lower": lower.dtype, "upper": upper.dtype,
+            "pads": pads.dtype,
         },
         extras={"n_lower": n_lower, "n_upper": n_upper, "removed": removed},
         outputs={
@@ -82,11 +156,8 @@ def calls(
             "merge": Spec((batch, removed), "i1"),
             "keep": Spec((batch, n_lower + n_upper - removed), "i32"),
         },
-        constants={
-            "PRUNE_PERMILLE": prune_permille,
-            "BLOCK_LOWER": power_of_two(n_lower, 32), "BLOCK_UPPER": power_of_two(n_upper, 32),
-        },
-        tactic=choose(TOKEN_LINK, tactics, warps_for(n_lower)),
-        grid=(1, 1),
+        constants={"PRUNE_PERMILLE": prune_permille},
+        tactic=placing,
+        grid=(cdiv(max(n_lower, n_upper), placing.blocks["TOKENS"]), 1),
     )
-    return (call,)
+    return rank, place

@@ -13,23 +13,25 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from tokred_plugins.add_rms_norm.kernel import TACTICS as ROW_TACTICS
-from tokred_plugins.add_rms_norm.kernel import row_tactic
 from tokred_plugins.kernels import PRECISION, Call, Kernel, Spec, Tactic, cdiv, choose
+from tokred_plugins.row_tiles import TACTICS as ROW_TACTICS
+from tokred_plugins.row_tiles import load_pieces, reading_tactic, rows_of
 
 # Programs that fill the GPU: about two a multiprocessor.
 ENOUGH_PROGRAMS = 264
 
 
-@triton.jit
-def token_norm_kernel(hidden, inverse, D: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range((D + BLOCK - 1) // BLOCK):
-        cols = i * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(hidden + row * D + cols, mask=cols < D, other=0).to(tl.float32)
-        squares += x * x
-    tl.store(inverse + row, 1 / tl.maximum(tl.sqrt(tl.sum(squares)), 1e-12))
+@triton.jit(do_not_specialize=["length"])
+def token_norm_kernel(
+    hidden, length, inverse, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, there = rows_of(length, ROWS)
+    x = load_pieces(hidden + row * D, there, D, BLOCK)
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.static_range(len(x)):
+        squares += x[i] * x[i]
+    norm = tl.sqrt(tl.sum(squares, axis=1))[:, None]
+    tl.store(inverse + row, 1 / tl.maximum(norm, 1e-12), mask=there)
 
 
 @triton.jit(do_not_specialize=["length", "n_lower", "n_upper", "share"])
@@ -63,9 +65,10 @@ def token_match_kernel(
         # NaN (poisoned padding) is nobody's partner.
         valid = (cosine == cosine) & (b < n_upper)[None, :]
         cosine = tl.where(valid, cosine, float("-inf"))
-        now, index = tl.max(cosine, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        found = tl.sum(tl.where(index[:, None] == tl.arange(0, BLOCK_B)[None, :],
-                                position[None, :], 0), axis=1)
+        now = tl.max(cosine, axis=1)
+        # Positions ascend: the lowest of equally similar partners is the first.
+        best_here = cosine == now[:, None]
+        found = tl.min(tl.where(best_here, position[None, :], 2147483647), axis=1)
         better = now > value  # a tie keeps the earlier partner
         value = tl.where(better, now, value)
         winner = tl.where(better, found, winner)
@@ -95,7 +98,7 @@ def token_match_best_kernel(
 
 
 TOKEN_NORM = Kernel(
-    "token_norm", token_norm_kernel, ("hidden",), (), ("inverse",), ROW_TACTICS
+    "token_norm", token_norm_kernel, ("hidden",), ("length",), ("inverse",), ROW_TACTICS
 )
 TOKEN_MATCH = Kernel(
     "token_match", token_match_kernel,
@@ -104,8 +107,9 @@ TOKEN_MATCH = Kernel(
     tuple(
         Tactic({"BLOCK_A": a, "BLOCK_B": b, "BLOCK_D": d}, warps, stages)
         for a, b, d, warps, stages in (
-            (64, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4),
-            (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
+            (64, 128, 64, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4),
+            (64, 64, 64, 4, 3), (128, 64, 64, 4, 4), (64, 64, 128, 4, 3), (128, 64, 128, 4, 2),
+            (128, 128, 64, 8, 3),
         )
     ),
 )
@@ -120,7 +124,9 @@ def tile_tactic(dtype: str, batch: int, n_lower: int, n_upper: int) -> Tactic:
     """Large tiles where there are enough of them to fill the GPU, and their operands fit."""
     large = TOKEN_MATCH.tactics[1]
     tiles = batch * cdiv(n_lower, large.blocks["BLOCK_A"]) * cdiv(n_upper, large.blocks["BLOCK_B"])
-    return large if tiles >= ENOUGH_PROGRAMS and dtype != "fp32" else TOKEN_MATCH.tactics[0]
+    if dtype == "fp32":
+        return TOKEN_MATCH.tactics[4]
+    return large if tiles >= ENOUGH_PROGRAMS else TOKEN_MATCH.tactics[0]
 
 
 def calls(
@@ -136,15 +142,16 @@ def calls(
     share = cdiv(tiles, parts) * tactic.blocks["BLOCK_B"]
     parts = max(1, cdiv(n_upper, share))
     pick = choose(TOKEN_MATCH_BEST, tactics, TOKEN_MATCH_BEST.tactics[0])
+    norms = choose(TOKEN_NORM, tactics, reading_tactic(width))
     found = (batch, n_lower)
     norm = Call(
         kernel=TOKEN_NORM,
         inputs={"hidden": hidden.dtype},
-        extras={},
+        extras={"length": length},
         outputs={"inverse": Spec((batch, length), "fp32")},
         constants={"D": width},
-        tactic=choose(TOKEN_NORM, tactics, row_tactic(width)),
-        grid=(length, 1),
+        tactic=norms,
+        grid=(cdiv(length, norms.blocks["ROWS"]), 1),
     )
     search = Call(
         kernel=TOKEN_MATCH,

@@ -2,6 +2,8 @@
 
 Hidden states and residual are done in one pass. A program looks its sources up among all
 targets, in order, so the result does not depend on who runs first and nothing is scattered.
+Most survivors have none and are copied. Sources are loaded several at a time: a token that many
+merge into would otherwise wait for each of them in turn.
 """
 
 # ruff: noqa: RUF005  Triton has no starred tuples
@@ -12,74 +14,97 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
+from tokred_plugins.kernel_selection import count
 from tokred_plugins.kernels import Call, Kernel, Spec, Tactic, choose
 
 
 @triton.jit
-def load_pieces(x, D: tl.constexpr, BLOCK: tl.constexpr):
+def load_row(x, there, D: tl.constexpr, BLOCK: tl.constexpr):
     """One row as a tuple of float32 pieces."""
     pieces = ()
     for i in tl.static_range((D + BLOCK - 1) // BLOCK):
         cols = i * BLOCK + tl.arange(0, BLOCK)
-        pieces = pieces + (tl.load(x + cols, mask=cols < D, other=0).to(tl.float32),)
+        pieces = pieces + (tl.load(x + cols, mask=there & (cols < D), other=0).to(tl.float32),)
     return pieces
 
 
 @triton.jit
-def add_pieces(pieces, x, D: tl.constexpr, BLOCK: tl.constexpr):
-    """The pieces plus the row at ``x``."""
-    for i in tl.static_range((D + BLOCK - 1) // BLOCK):
-        cols = i * BLOCK + tl.arange(0, BLOCK)
-        more = tl.load(x + cols, mask=cols < D, other=0).to(tl.float32)
-        pieces = pieces[1:] + (pieces[0] + more,)
-    return pieces
+def add_rows(total, rows):
+    """The pieces ``total`` plus those of each of the rows, in their order."""
+    for i in tl.static_range(len(total)):
+        piece = total[0]
+        for k in tl.static_range(len(rows)):
+            piece += rows[k][i]
+        # The oldest entry is this piece: the tuple turns once round.
+        total = total[1:] + (piece,)
+    return total
 
 
 @triton.jit
-def store_pieces(pieces, count, out, D: tl.constexpr, BLOCK: tl.constexpr):
-    for i in tl.static_range((D + BLOCK - 1) // BLOCK):
+def store_mean(total, parts, out, D: tl.constexpr, BLOCK: tl.constexpr):
+    for i in tl.static_range(len(total)):
         cols = i * BLOCK + tl.arange(0, BLOCK)
-        tl.store(out + cols, (pieces[i] / count).to(out.dtype.element_ty), mask=cols < D)
+        tl.store(out + cols, (total[i] / parts).to(out.dtype.element_ty), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["length", "removed"])
 def token_reduce_kernel(
     hidden, residual, keep, src, dst, merge, length, removed, hidden_out, residual_out,
-    D: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr, SOURCES: tl.constexpr,
 ):
     batch = tl.program_id(2).to(tl.int64)
     row = batch * tl.num_programs(0) + tl.program_id(0)
     me = tl.load(keep + row)
     hidden += batch * length * D
     residual += batch * length * D
-    h = load_pieces(hidden + me.to(tl.int64) * D, D, BLOCK)
-    r = load_pieces(residual + me.to(tl.int64) * D, D, BLOCK)
-    h_count, r_count = 1.0, 1.0
+    src += batch * removed
+    dst += batch * removed
+    merge += batch * removed
+    j = tl.arange(0, TARGETS)
+    targets = tl.load(dst + j, mask=j < removed, other=-1)
+    h = load_row(hidden + me.to(tl.int64) * D, True, D, BLOCK)
+    r = load_row(residual + me.to(tl.int64) * D, True, D, BLOCK)
+    h_parts, r_parts = 1.0, 1.0
     for first in range(0, removed, TARGETS):
-        j = first + tl.arange(0, TARGETS)
-        mine = tl.load(dst + batch * removed + j, mask=j < removed, other=-1) == me
-        at = tl.min(tl.where(mine, j, removed), axis=0)
-        while at < removed:
-            source = tl.load(src + batch * removed + at).to(tl.int64) * D
-            r = add_pieces(r, residual + source, D, BLOCK)
-            r_count += 1
-            if tl.load(merge + batch * removed + at):
-                h = add_pieces(h, hidden + source, D, BLOCK)
-                h_count += 1
-            at = tl.min(tl.where(mine & (j > at), j, removed), axis=0)
-    store_pieces(h, h_count, hidden_out + row * D, D, BLOCK)
-    store_pieces(r, r_count, residual_out + row * D, D, BLOCK)
+        if first > 0:
+            targets = tl.load(dst + first + j, mask=first + j < removed, other=-1)
+        mine = targets == me
+        found = count(mine)
+        if found > 0:
+            nth = tl.where(mine, tl.cumsum(mine.to(tl.int32), axis=0), 0)
+            for done in range(0, found, SOURCES):
+                h_rows = ()
+                r_rows = ()
+                for k in tl.static_range(SOURCES):
+                    there = done + k < found
+                    at = first + tl.sum(tl.where(nth == done + k + 1, j, 0), axis=0)
+                    source = tl.load(src + at, mask=there, other=0).to(tl.int64) * D
+                    merges = tl.load(merge + at, mask=there, other=0) != 0
+                    r_rows = r_rows + (load_row(residual + source, there, D, BLOCK),)
+                    h_rows = h_rows + (load_row(hidden + source, merges, D, BLOCK),)
+                    h_parts += merges.to(tl.float32)
+                r = add_rows(r, r_rows)
+                h = add_rows(h, h_rows)
+            r_parts += found
+    store_mean(h, h_parts, hidden_out + row * D, D, BLOCK)
+    store_mean(r, r_parts, residual_out + row * D, D, BLOCK)
 
 
 TACTICS = tuple(
-    Tactic({"BLOCK": 256 * warps, "TARGETS": targets}, warps)
-    for warps in (4, 2, 8, 1) for targets in (512, 1024)
+    Tactic({"BLOCK": 256 * warps, "TARGETS": 512, "SOURCES": sources}, warps)
+    for warps, sources in ((4, 4), (4, 2), (4, 1), (2, 2), (8, 2))
 )
 TOKEN_REDUCE = Kernel(
     "token_reduce", token_reduce_kernel,
     ("hidden", "residual", "keep", "src", "dst", "merge"), ("length", "removed"),
     ("hidden_out", "residual_out"), TACTICS,
 )
+
+
+def reduce_tactic(programs: int, width: int) -> Tactic:
+    """More sources at a time where the longest list of them decides; fewer, for their registers,
+    where rows are wide or programs many."""
+    return TACTICS[width > 2048 or programs > 4096]
 
 
 def calls(
@@ -101,7 +126,7 @@ def calls(
             "residual_out": Spec((batch, kept, width), residual.dtype),
         },
         constants={"D": width},
-        tactic=choose(TOKEN_REDUCE, tactics, TACTICS[0]),
+        tactic=choose(TOKEN_REDUCE, tactics, reduce_tactic(batch * kept, width)),
         grid=(kept, 1),
     )
     return (call,)

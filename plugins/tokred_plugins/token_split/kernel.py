@@ -1,5 +1,10 @@
-"""The Triton kernel: one program a sequence, all its scores in registers."""
+"""The Triton kernels: every token's rank by counting, then the positions of both parts.
 
+Where sequences are many, or long, all pairs are too many to count, and one program a sequence
+searches for the threshold instead: its time does not depend on how many others do the same.
+"""
+
+# ruff: noqa: RUF005  Triton has no starred tuples
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -7,15 +12,74 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from tokred_plugins.kernel_selection import ascending_bits, kth_lowest, lowest
-from tokred_plugins.kernels import Call, Kernel, Spec, Tactic, choose, power_of_two
+from tokred_plugins.kernel_selection import (
+    PLACE_TACTICS,
+    RANK_TACTICS,
+    check_length,
+    count,
+    count_pairs,
+    ordered,
+    rank_tactic,
+)
+from tokred_plugins.kernels import Call, Kernel, Spec, Tactic, cdiv, choose, power_of_two
+from tokred_plugins.token_split.search import ascending_bits, kth_lowest, lowest
 
-LONGEST = 32768  # counts share 16-bit fields, and a program holds every score
+
+@triton.jit
+def split_keys(scores, t, pad, length, protect):
+    """Padding is lowest, the protected tail highest, places beyond the end higher still."""
+    score = tl.load(scores + t, mask=t < length, other=0)
+    score = tl.where(t < pad, -3.0e38, score)
+    score = tl.where(t < length - protect, score, 3.0e38)
+    return tl.where(t < length, ordered(score, t), 9223372036854775807)
 
 
-@triton.jit(do_not_specialize=["length", "count", "protect"])
+@triton.jit(do_not_specialize=["length", "protect"])
+def token_split_rank_kernel(
+    scores, pads, length, protect, rank, MINE: tl.constexpr, OTHERS: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    pad = tl.load(pads + batch)
+    scores += batch * length
+    start = tl.program_id(0) * MINE
+    mine = ()
+    totals = ()
+    for m in tl.static_range(MINE):
+        mine = mine + (split_keys(scores, start + m, pad, length, protect),)
+        totals = totals + (0,)
+    for first in range(0, length, OTHERS):
+        keys = split_keys(scores, first + tl.arange(0, OTHERS), pad, length, protect)
+        for m in tl.static_range(MINE // 2):
+            one, two = count_pairs(keys < mine[2 * m], keys < mine[2 * m + 1])
+            # The oldest entries are these tokens': the tuple turns once round a block.
+            totals = totals[2:] + (totals[0] + one, totals[1] + two)
+    for m in tl.static_range(MINE):
+        tl.store(rank + batch * length + start + m, totals[m], mask=start + m < length)
+
+
+@triton.jit(do_not_specialize=["length", "n_lower"])
 def token_split_kernel(
-    scores, pads, length, count, protect, lower, upper, BLOCK: tl.constexpr,
+    rank, length, n_lower, lower, upper, TOKENS: tl.constexpr, OTHERS: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    rank += batch * length
+    start = tl.program_id(0) * TOKENS
+    t = start + tl.arange(0, TOKENS)
+    low = tl.load(rank + t, mask=t < length, other=n_lower) < n_lower
+    before = 0
+    for first in range(0, start, OTHERS):
+        others = first + tl.arange(0, OTHERS)
+        before += count(tl.load(rank + others, mask=others < start, other=n_lower) < n_lower)
+    # Lower tokens up to and with this one: it is that many-th of them.
+    place = before + tl.cumsum(low.to(tl.int32), axis=0)
+    tl.store(lower + batch * n_lower + place - 1, t, mask=low)
+    high = (t < length) & (low == 0)
+    tl.store(upper + batch * (length - n_lower) + t - place, t, mask=high)
+
+
+@triton.jit(do_not_specialize=["length", "n_lower", "protect"])
+def token_split_search_kernel(
+    scores, pads, length, n_lower, protect, lower, upper, BLOCK: tl.constexpr,
 ):
     batch = tl.program_id(2)
     t = tl.arange(0, BLOCK)
@@ -24,54 +88,84 @@ def token_split_kernel(
     score = tl.where(t < tl.load(pads + batch), -3.0e38, score)
     score = tl.where(t < length - protect, score, 3.0e38)
     keys = tl.where(t < length, ascending_bits(score), 4294967295)
-    kth = kth_lowest(keys, count)
-    mask, rank = lowest(keys, kth, count)
-    tl.store(lower + batch.to(tl.int64) * count + rank - 1, t, mask=mask)
+    kth = kth_lowest(keys, n_lower)
+    mask, rank = lowest(keys, kth, n_lower)
+    tl.store(lower + batch.to(tl.int64) * n_lower + rank - 1, t, mask=mask)
     others = (t < length) & (mask == 0)
-    tl.store(upper + batch.to(tl.int64) * (length - count) + t - rank, t, mask=others)
+    tl.store(upper + batch.to(tl.int64) * (length - n_lower) + t - rank, t, mask=others)
 
 
-TACTICS = tuple(Tactic({}, warps) for warps in (8, 4, 16))
+TOKEN_SPLIT_RANK = Kernel(
+    "token_split_rank", token_split_rank_kernel,
+    ("scores", "pads"), ("length", "protect"), ("rank",), RANK_TACTICS,
+)
 TOKEN_SPLIT = Kernel(
     "token_split", token_split_kernel,
-    ("scores", "pads"), ("length", "count", "protect"), ("lower", "upper"), TACTICS,
+    ("rank",), ("length", "n_lower"), ("lower", "upper"), PLACE_TACTICS,
 )
 
 
-def warps_for(length: int) -> Tactic:
+TOKEN_SPLIT_SEARCH = Kernel(
+    "token_split_search", token_split_search_kernel,
+    ("scores", "pads"), ("length", "n_lower", "protect"), ("lower", "upper"),
+    tuple(Tactic({}, warps) for warps in (8, 4, 16)),
+)
+# Sequences times squared tokens, up to which counting is faster on a large GPU.
+MOST_PAIRS = 2 * 2048 * 2048
+
+
+def search_tactic(length: int) -> Tactic:
     """Few warps for few tokens; many where one program would run out of registers."""
-    return TACTICS[1] if length <= 1024 else TACTICS[0] if length <= 4096 else TACTICS[2]
-
-
-def check_length(length: int) -> None:
-    """Raise ValueError above the longest sequence that one program can hold."""
-    if length > LONGEST:
-        raise ValueError(
-            f"{length} tokens at a reduction site, expected at most {LONGEST}; "
-            "shorten the sequence or remove the site"
-        )
+    tactics = TOKEN_SPLIT_SEARCH.tactics
+    return tactics[1] if length <= 1024 else tactics[0] if length <= 4096 else tactics[2]
 
 
 def calls(
     scores: Spec, pads: Spec, count: int, protect: int,
-    tactics: Mapping[str, Tactic] | None = None,
+    tactics: Mapping[str, Tactic] | None = None, search: bool | None = None,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.token_split.op.token_split`.
 
+    Args:
+        scores, pads, count, protect: the op's arguments.
+        tactics: kernel name -> tactic, where not the default.
+        search: one program a sequence in place of two kernels; by default whichever is faster.
+
     Raises:
-        ValueError: more tokens than one program can hold.
+        ValueError: more tokens than a reduction site takes.
     """
     batch, length = scores.shape
     check_length(length)
-    call = Call(
-        kernel=TOKEN_SPLIT,
+    lower, upper = Spec((batch, count), "i32"), Spec((batch, length - count), "i32")
+    if batch * length**2 > MOST_PAIRS if search is None else search:
+        searching = Call(
+            kernel=TOKEN_SPLIT_SEARCH,
+            inputs={"scores": scores.dtype, "pads": pads.dtype},
+            extras={"length": length, "n_lower": count, "protect": protect},
+            outputs={"lower": lower, "upper": upper},
+            constants={"BLOCK": power_of_two(length, 32)},
+            tactic=choose(TOKEN_SPLIT_SEARCH, tactics, search_tactic(length)),
+            grid=(1, 1),
+        )
+        return (searching,)
+    ranking = choose(TOKEN_SPLIT_RANK, tactics, rank_tactic(batch, length))
+    placing = choose(TOKEN_SPLIT, tactics, PLACE_TACTICS[0])
+    rank = Call(
+        kernel=TOKEN_SPLIT_RANK,
         inputs={"scores": scores.dtype, "pads": pads.dtype},
-        extras={"length": length, "count": count, "protect": protect},
-        outputs={
-            "lower": Spec((batch, count), "i32"), "upper": Spec((batch, length - count), "i32"),
-        },
-        constants={"BLOCK": power_of_two(length, 32)},
-        tactic=choose(TOKEN_SPLIT, tactics, warps_for(length)),
-        grid=(1, 1),
+        extras={"length": length, "protect": protect},
+        outputs={"rank": Spec((batch, length), "i32")},
+        constants={},
+        tactic=ranking,
+        grid=(cdiv(length, ranking.blocks["MINE"]), 1),
     )
-    return (call,)
+    place = Call(
+        kernel=TOKEN_SPLIT,
+        inputs={"rank": "i32"},
+        extras={"length": length, "n_lower": count},
+        outputs={"lower": lower, "upper": upper},
+        constants={},
+        tactic=placing,
+        grid=(cdiv(length, placing.blocks["TOKENS"]), 1),
+    )
+    return rank, place
