@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.kernels import Call, Spec, cdiv
 
 Attribute = int | float | bool
 Grid = tuple[int, int]
@@ -33,6 +33,15 @@ class Tuning:
     grid: Callable[[Mapping[str, int], Grid], Grid | None] = lambda sizes, grid: grid
 
 
+def row_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
+    """A few whole rows a program."""
+    return cdiv(sizes["length"], sizes["ROWS"]), now[1]
+
+
+# What may be tuned about a kernel that walks along rows (row_tiles.py).
+ROW_TUNING = Tuning(("ROWS", "BLOCK"), row_grid)
+
+
 @dataclass(frozen=True)
 class KernelFace:
     """How one op runs on a GPU.
@@ -41,7 +50,8 @@ class KernelFace:
         inputs: names of the op's tensors, in its own order; an optional one may be absent.
         results: names of the kernels' outputs that are the op's results, in its own order.
         calls: (spec of each tensor that is there, attributes by name) -> the launches. It reads
-            attributes that the torch op and the ONNX node have in common, and imports Triton.
+            attributes that the torch op and the ONNX node have in common, and "target", the
+            GPU's compute capability times ten, where that is known; and it imports Triton.
         tunings: kernel name -> what may be tuned about its launch alone.
     """
 

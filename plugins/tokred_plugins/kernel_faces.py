@@ -7,6 +7,7 @@ from tokred_plugins.causal_conv1d.tensorrt import FACE as CAUSAL_CONV1D
 from tokred_plugins.embed_rms_norm.tensorrt import FACE as EMBED_RMS_NORM
 from tokred_plugins.faces import KernelFace, Tuning
 from tokred_plugins.gated_rms_norm.tensorrt import FACE as GATED_RMS_NORM
+from tokred_plugins.linear.tensorrt import FACE as LINEAR
 from tokred_plugins.ssd_scan.tensorrt import FACE as SSD_SCAN
 from tokred_plugins.token_importance.tensorrt import FACE as TOKEN_IMPORTANCE
 from tokred_plugins.token_link.tensorrt import FACE as TOKEN_LINK
@@ -28,7 +29,7 @@ FACES: dict[str, KernelFace] = {
 }
 # By the kernel's name.
 TUNINGS: dict[str, Tuning] = {
-    name: tuning for face in FACES.values() for name, tuning in face.tunings.items()
+    name: tuning for face in (*FACES.values(), LINEAR) for name, tuning in face.tunings.items()
 }
 # The op type of a node in an ONNX file -> the op's name above.
 ONNX_NAMES: dict[str, str] = {

@@ -10,21 +10,29 @@ import json
 from tokred_plugins.add_rms_norm.kernel import ADD_RMS_NORM
 from tokred_plugins.causal_conv1d.kernel import CAUSAL_CONV1D
 from tokred_plugins.embed_rms_norm.kernel import EMBED_RMS_NORM
-from tokred_plugins.gated_rms_norm.kernel import GATED_RMS_NORM
+from tokred_plugins.gated_rms_norm.kernel import GATED_RMS_NORM, GATED_RMS_NORM_SCORES
 from tokred_plugins.kernels import Call, Kernel, Spec, Tactic
-from tokred_plugins.ssd_scan.launches import SSD_SCAN, SSD_STATE, SSD_STEPS
+from tokred_plugins.linear.kernel import LINEAR, LINEAR_FEW
+from tokred_plugins.ssd_scan.launches import (
+    SSD_CHUNK_SCAN,
+    SSD_CHUNK_STATE,
+    SSD_PASS,
+    SSD_SCAN,
+    SSD_STEPS,
+)
 from tokred_plugins.token_importance.kernel import TOKEN_IMPORTANCE
-from tokred_plugins.token_link.kernel import TOKEN_LINK
+from tokred_plugins.token_link.kernel import TOKEN_LINK, TOKEN_LINK_RANK
 from tokred_plugins.token_match.kernel import TOKEN_MATCH, TOKEN_MATCH_BEST, TOKEN_NORM
 from tokred_plugins.token_reduce.kernel import TOKEN_REDUCE
-from tokred_plugins.token_split.kernel import TOKEN_SPLIT
+from tokred_plugins.token_split.kernel import TOKEN_SPLIT, TOKEN_SPLIT_RANK, TOKEN_SPLIT_SEARCH
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        ADD_RMS_NORM, EMBED_RMS_NORM, GATED_RMS_NORM, CAUSAL_CONV1D, SSD_STEPS, SSD_STATE, SSD_SCAN,
-        TOKEN_IMPORTANCE, TOKEN_SPLIT, TOKEN_NORM, TOKEN_MATCH, TOKEN_MATCH_BEST, TOKEN_LINK,
-        TOKEN_REDUCE,
+        ADD_RMS_NORM, EMBED_RMS_NORM, GATED_RMS_NORM, GATED_RMS_NORM_SCORES, CAUSAL_CONV1D,
+        SSD_STEPS, SSD_SCAN, SSD_CHUNK_STATE, SSD_PASS, SSD_CHUNK_SCAN, TOKEN_IMPORTANCE,
+        TOKEN_SPLIT_RANK, TOKEN_SPLIT, TOKEN_SPLIT_SEARCH, TOKEN_NORM, TOKEN_MATCH, TOKEN_MATCH_BEST,
+        TOKEN_LINK_RANK, TOKEN_LINK, TOKEN_REDUCE, LINEAR, LINEAR_FEW,
     )
 }
 

@@ -73,19 +73,23 @@ def nodes_of(path: Path) -> Iterator[Node]:
         yield Node(node.op_type, attributes["call"], inputs, outputs)
 
 
-def nodes_with_initial_state() -> Iterator[Node]:
-    """The scan that continues from a state, which no prefill graph has, whole and cut in two."""
+def nodes_beside() -> Iterator[Node]:
+    """What the files have no node of: the scan that continues from a state, in both ways that a
+    scan is launched, the walk from zero, and importance where the gated norm does not give it."""
     small = Model("small", width=32, heads=4, head_dim=16, states=12)
-    case = next(iter(cases(small, 1, 300, "fp16", {"ssd_scan"})))
+    scan, importance = cases(small, 1, 300, "fp16", {"ssd_scan", "token_importance"})
     state = Spec((1, small.heads, small.head_dim, small.states), "fp32")
-    case = replace(case, inputs={**case.inputs, "initial_state": state})
-    for segments in (1, 2):
-        first, scan = case.launches(segments=segments)
-        known = {**case.inputs, **first.outputs}
-        # The batch is open; so is, for simplicity, the first dimension of d, which has none.
-        inputs = [(DTYPES[known[n].dtype], [None, *known[n].shape[1:]]) for n in scan.inputs]
-        outputs = [(DTYPES[s.dtype], [None, *s.shape[1:]]) for s in scan.outputs.values()]
-        yield Node(variant_name(scan), call_to_json(scan), inputs, outputs)
+    from_state = replace(scan, inputs={**scan.inputs, "initial_state": state})
+    launches = [importance.launches(), scan.launches(segments=1)]
+    launches += [from_state.launches(segments=n) for n in (1, 2)]
+    for calls in launches:
+        known = {**from_state.inputs, **importance.inputs}
+        known |= {name: spec for call in calls for name, spec in call.outputs.items()}
+        for call in calls:
+            # The batch is open; so is, for simplicity, the first dimension of d, which has none.
+            inputs = [(DTYPES[known[n].dtype], [None, *known[n].shape[1:]]) for n in call.inputs]
+            outputs = [(DTYPES[s.dtype], [None, *s.shape[1:]]) for s in call.outputs.values()]
+            yield Node(variant_name(call), call_to_json(call), inputs, outputs)
 
 
 def create(name: str, text: str) -> trt.IPluginV3:
@@ -240,7 +244,7 @@ def described_by_call(node: Node, batches: list[int], descriptions: Descriptions
 def continued_facts(target: int, descriptions: Descriptions) -> list[dict]:
     """Everything about the scans that continue from a state."""
     facts = []
-    for node in nodes_with_initial_state():
+    for node in nodes_beside():
         quick.register([call_from_json(node.text)], target)
         facts.append(drive(node) | described_by_call(node, list(BATCHES), descriptions))
     return facts

@@ -20,7 +20,8 @@ from tokred_plugins.aot import (
 
 WORKER = Path(__file__).parent / "aot_worker.py"
 KERNELS = {
-    "add_rms_norm", "gated_rms_norm", "gated_rms_norm_scores", "causal_conv1d",
+    "add_rms_norm", "embed_rms_norm", "gated_rms_norm", "gated_rms_norm_scores",
+    "causal_conv1d", "linear", "linear_few",
     "ssd_steps", "ssd_scan", "ssd_chunk_state", "ssd_pass", "ssd_chunk_scan",
     "token_importance", "token_split_rank", "token_split", "token_split_search",
     "token_norm", "token_match", "token_match_best", "token_link_rank", "token_link",

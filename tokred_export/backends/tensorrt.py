@@ -30,7 +30,6 @@ from tokred_export.backends.common import (
 )
 from tokred_export.backends.graph import compare_shapes, declared_shapes, hash_sources, load_graph
 from tokred_export.backends.job import Outcome, run_job
-from tokred_export.backends.products import write_products
 from tokred_export.backends.tensorrt_build import Job
 from tokred_export.cache import default_root
 from tokred_export.disk import clear_disk_errors
@@ -122,7 +121,6 @@ def build(
     max_batch: int = 1,
     level: int | None = None,
     timing_cache: Path | None = None,
-    products_first: bool = False,
 ) -> EngineInfo:
     """Build ``<component>.plan`` in ``out_dir`` and describe it in ``engine.json``.
 
@@ -132,16 +130,12 @@ def build(
         max_batch: the largest batch of an open one; block sizes and timings are for it.
         level: builder optimisation level, 0 to 5; None for TensorRT's default.
         timing_cache: file to keep timings in; None for the one of this machine.
-        products_first: time each distinct matrix product alone before the whole graph, and
-            keep the timings after each, so that a build that is killed loses little.
 
     Raises:
         InvalidRequest: no such file, or a bfloat16 file for a TensorRT without bfloat16.
         EnvironmentUnable: TensorRT, a GPU, Triton or the launcher plugin is missing.
         BuildFailed: the graph cannot be lowered, parsed or built, or lost a plugin.
     """
-    from tokred_export.export.lower import lower
-
     version = require()
     graph = load_graph(onnx_path)
     half = _check_dtype(graph, version)
@@ -155,7 +149,7 @@ def build(
         with tempfile.TemporaryDirectory(prefix=".build-", dir=out_dir) as name:
             folder = Path(name)
             lowered = folder / "kernels.onnx"
-            expected = lower(onnx_path, lowered, form, sm, max_batch)
+            expected = _lower(onnx_path, lowered, form, sm, max_batch)
             outcome = _run(Job(
                 onnx=str(lowered), plan=str(folder / plan.name),
                 outcome=str(folder / "outcome.json"), form=form, sm=sm,
@@ -164,7 +158,6 @@ def build(
                 batches=(1, max_batch) if _is_open(graph) else None,
                 timing_cache=str(timing_cache or timing_cache_path()), level=level,
                 describe=str(folder / "layers.json"),
-                products=write_products(lowered, folder / "products") if products_first else (),
             ))
             compare_shapes(
                 "TensorRT", _open(outcome), "the file", declared_shapes(graph)
@@ -192,6 +185,21 @@ def build(
         )
         write_engine(out_dir, info)
     return info
+
+
+def _lower(source: Path, target: Path, form: str, sm: int, batch: int) -> Counter[str]:
+    """Write the kernel-level file; the launcher form's products are tuned on this GPU."""
+    from tokred_export.export.lower import lower
+
+    if form == "quick":  # TensorRT tunes these itself
+        return lower(source, target, form, sm, batch)
+    from tokred_export.backends.tune import Tuner
+
+    tuner = Tuner(sm, timing_cache_path().with_suffix(".tactics.json"))
+    try:
+        return lower(source, target, form, sm, batch, tuner.best)
+    finally:
+        tuner.close()
 
 
 def _run(asked: Job) -> Outcome:

@@ -19,12 +19,6 @@ import msgspec
 
 from tokred_export.backends import job
 from tokred_export.backends.job import Outcome, answer, outcome_of
-from tokred_export.backends.tensorrt_tactics import (
-    Tactics,
-    float32_sums,
-    half_sums,
-    listening_logger,
-)
 from tokred_export.disk import clear_disk_errors, write_atomic
 from tokred_export.errors import BuildFailed, EnvironmentUnable, TokredError
 from tokred_export.runtime.trt import load_launcher, load_tensorrt, version_of
@@ -50,8 +44,6 @@ class Job(job.Job, kw_only=True):
         batches: least and most, for a graph whose batch is open.
         timing_cache: read if it is there, written at the end.
         level: builder optimisation level, 0 to 5; None for TensorRT's default.
-        products: ONNX files of single matrix products to time first, one by one, the timing
-            cache being kept after each: a build that is killed then loses little.
         describe: the file to write what the inspector says to.
     """
 
@@ -66,55 +58,7 @@ class Job(job.Job, kw_only=True):
     batches: tuple[int, int] | None = None
     timing_cache: str | None = None
     level: int | None = None
-    products: tuple[str, ...] = ()
     describe: str | None = None
-
-
-class _Builder:
-    """TensorRT's builder with what all builds of this process share."""
-
-    def __init__(self, trt: ModuleType, asked: Job) -> None:
-        self.trt, self.asked = trt, asked
-        cache = None if asked.timing_cache is None else Path(asked.timing_cache)
-        names = None if cache is None else cache.with_suffix(".tactics.json")
-        self.tactics = Tactics(names)
-        self.legacy = version_of(trt) < (10, 0)
-        plain = trt.Logger(trt.Logger.WARNING)
-        self.logger = listening_logger(trt, self.tactics) if self.legacy else plain
-        self.builder = trt.Builder(self.logger)
-        self.timings: tensorrt.ITimingCache | None = None
-        if cache is not None:
-            known = cache.read_bytes() if cache.is_file() else b""
-            config = self.builder.create_builder_config()
-            self.timings = config.create_timing_cache(known)
-
-    def build(self, path: str) -> tuple[tensorrt.IHostMemory, tensorrt.INetworkDefinition]:
-        """A plan of one ONNX file; timings and tactic names are kept on disk after it."""
-        trt, asked = self.trt, self.asked
-        network = self.builder.create_network(_network_flags(trt))
-        parser = trt.OnnxParser(network, self.logger)
-        if not parser.parse_from_file(path):
-            raise BuildFailed(_parse_error(parser.get_error(0)))
-        config = _config(trt, self.builder, network, asked)
-        if self.legacy and asked.half:
-            config.algorithm_selector = self._selector = float32_sums(trt, self.tactics)
-        if self.timings is not None and not config.set_timing_cache(self.timings, False):
-            raise BuildFailed(
-                f"the timing cache {asked.timing_cache} is of another GPU or TensorRT: remove it"
-            )
-        plan = self.builder.build_serialized_network(network, config)
-        if plan is None:
-            raise BuildFailed(f"TensorRT parsed {Path(path).name} but built no engine from it")
-        self._keep_timings()
-        return plan, network
-
-    def _keep_timings(self) -> None:
-        if self.timings is not None:
-            file = Path(self.asked.timing_cache)
-            with clear_disk_errors(file, writable=True):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(file, bytes(self.timings.serialize()))
-                self.tactics.save()
 
 
 def build_here(asked: Job) -> Outcome:
@@ -126,34 +70,40 @@ def build_here(asked: Job) -> Outcome:
     """
     trt = load_tensorrt()
     _register_plugins(trt, asked)
-    builder = _Builder(trt, asked)
-    for product in asked.products:
-        begun = time.perf_counter()
-        builder.build(product)
-        _say(f"timed {Path(product).stem} in {time.perf_counter() - begun:.1f} s")
+    logger = trt.Logger(trt.Logger.WARNING)
     begun = time.perf_counter()
-    plan, network = builder.build(asked.onnx)
-    layers = _layers(trt, builder, plan, asked)
-    if builder.legacy and half_sums(layers):
-        # Tactics whose names were not known when they could be chosen; they are by now.
-        _say(f"building again: {len(half_sums(layers))} layers sum in float16")
-        plan, network = builder.build(asked.onnx)
-        layers = _layers(trt, builder, plan, asked)
-    if builder.legacy and (wrong := half_sums(layers)):
-        raise BuildFailed(
-            f"{len(wrong)} layers accumulate in float16, such as {wrong[0]}, expected none"
-        )
+    plan, network = _build(trt, logger, asked)
     seconds = time.perf_counter() - begun
-    _say(f"built in {seconds:.1f} s")
     with clear_disk_errors(Path(asked.plan)):
         Path(asked.plan).write_bytes(plan)
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    plugins = check_plugins(layers, asked.expected)
+    layers = _layers(trt, logger, plan, asked)
     return Outcome(
         version=trt.__version__, layers=len(layers), layers_from="engine",
         outputs={value.name: tuple(value.shape) for value in outputs},
-        plugins=plugins, seconds=round(seconds, 3),
+        plugins=check_plugins(layers, asked.expected), seconds=round(seconds, 3),
     )
+
+
+def _build(
+    trt: ModuleType, logger: tensorrt.ILogger, asked: Job
+) -> tuple[tensorrt.IHostMemory, tensorrt.INetworkDefinition]:
+    """A plan; the timing cache is read before and written after."""
+    builder = trt.Builder(logger)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(asked.onnx):
+        raise BuildFailed(_parse_error(parser.get_error(0)))
+    config = _config(trt, builder, network, asked)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildFailed(f"TensorRT parsed {Path(asked.onnx).name} but built no engine from it")
+    if asked.timing_cache is not None:
+        file = Path(asked.timing_cache)
+        with clear_disk_errors(file, writable=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, bytes(config.get_timing_cache().serialize()))
+    return plan, network
 
 
 def _register_plugins(trt: ModuleType, asked: Job) -> None:
@@ -174,10 +124,10 @@ def _register_plugins(trt: ModuleType, asked: Job) -> None:
 
 
 def _layers(
-    trt: ModuleType, builder: _Builder, plan: tensorrt.IHostMemory, asked: Job
+    trt: ModuleType, logger: tensorrt.ILogger, plan: tensorrt.IHostMemory, asked: Job
 ) -> list[dict]:
     """The layers of a plan, opened here."""
-    engine = trt.Runtime(builder.logger).deserialize_cuda_engine(plan)
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildFailed("TensorRT cannot open the plan that it has just built")
     layers = inspect(trt, engine)
@@ -201,9 +151,14 @@ def _config(
     if asked.level is not None:
         config.builder_optimization_level = asked.level
     if version_of(trt) < (10, 0):
-        # The graph's products need no cuBLAS or cuDNN, which a deployment may not have.
+        # Nothing here needs cuBLAS or cuDNN, which a deployment may not have.
         config.set_tactic_sources(0)
         _weak_types(trt, network, config, asked)
+    if asked.timing_cache is not None:
+        file = Path(asked.timing_cache)
+        known = file.read_bytes() if file.is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(known), False):
+            raise BuildFailed(f"the timing cache {file} is of another GPU or TensorRT: remove it")
     if asked.batches is not None:
         config.add_optimization_profile(_profile(builder, network, *asked.batches))
     if hasattr(trt, "IProgressMonitor"):  # 8.6 has none
@@ -256,7 +211,8 @@ def inspect(trt: ModuleType, engine: tensorrt.ICudaEngine) -> list[dict]:
     text = engine.create_engine_inspector().get_engine_information(
         trt.LayerInformationFormat.JSON
     )
-    return json.loads(text)["Layers"]
+    # Names of fused layers can hold control characters.
+    return json.loads(text, strict=False)["Layers"]
 
 
 def check_plugins(layers: list[dict], expected: dict[str, int]) -> dict[str, int]:
@@ -286,7 +242,7 @@ def _progress(trt: ModuleType) -> tensorrt.IProgressMonitor:
             super().__init__()
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            _say(f"{name}: {steps} steps")
+            print(f"{name}: {steps} steps", flush=True)
 
         def step_complete(self, name: str, step: int) -> bool:
             return True
@@ -295,10 +251,6 @@ def _progress(trt: ModuleType) -> tensorrt.IProgressMonitor:
             pass
 
     return Monitor()
-
-
-def _say(what: str) -> None:
-    print(f"[tokred] {what}", flush=True)
 
 
 def _main(path: str) -> int:

@@ -6,7 +6,8 @@ Two forms of the same graph come out:
     quick      TensorRT >= 10.15: nodes ``tokred::<kernel>`` whose attribute ``call`` says all
                that the kernel's quick plugin needs to compile it inside the build
     launcher   TensorRT 8.6 to 10.14: nodes ``tokred::KernelLaunch`` that carry the PTX itself
-               for the C++ plugin in ``plugins/launcher``, and opset 17
+               for the C++ plugin in ``plugins/launcher``, opset 17, and products with constants
+               as kernels too
 
 No function bodies are left: a TensorRT that lacks the plugin refuses the file instead of
 quietly running something slower.
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES, VERSION
-from tokred_plugins.kernel_faces import FACES, ONNX_NAMES
+from tokred_plugins.kernel_faces import FACES, LINEAR, ONNX_NAMES
 from tokred_plugins.kernels import Call, Spec
 
 from tokred_export.errors import BuildFailed, EnvironmentUnable
@@ -42,10 +43,13 @@ _DTYPES = {
 }
 _IR_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
+Tune = Callable[[Call], Call]
 WriteNode = Callable[[Call, list[ir.Value], list[ir.Value]], ir.Node]
 
 
-def lower(source: Path, target: Path, form: Form, sm: int, batch: int = 1) -> Counter[str]:
+def lower(
+    source: Path, target: Path, form: Form, sm: int, batch: int = 1, tune: Tune | None = None
+) -> Counter[str]:
     """Write the kernel-level form of an exported ONNX file.
 
     Args:
@@ -55,6 +59,8 @@ def lower(source: Path, target: Path, form: Form, sm: int, batch: int = 1) -> Co
         sm: compute capability times ten that the PTX is for ("launcher"), and that block sizes
             are fitted to.
         batch: that splits over the GPU are decided for, where the graph's batch is open.
+        tune: gives a call with its best tactic ("launcher"); None takes each kernel's default,
+            or the first tactic that fits the GPU.
 
     Returns:
         How many nodes of each kernel the file holds.
@@ -67,13 +73,17 @@ def lower(source: Path, target: Path, form: Form, sm: int, batch: int = 1) -> Co
     _require_triton()
     model = ir.load(source)
     counts: Counter[str] = Counter()
-    write = _quick_node if form == "quick" else _Launcher(sm)
+    write = _quick_node if form == "quick" else _Launcher(sm, tune)
+    scored = _scored_norms(model.graph)
     for node in list(model.graph):
-        if node.domain == DOMAIN:
-            counts.update(call.kernel.name for call in _replace(model.graph, node, write, batch))
+        if node.domain == DOMAIN and node not in scored.values():
+            calls = _replace(model.graph, node, write, batch, sm, scored.get(node))
+            counts.update(call.kernel.name for call in calls)
     model.functions.clear()
     if form == "launcher":
-        _stand_alone_head(model)
+        for node in list(model.graph):
+            calls = _replace_product(model.graph, node, write, batch)
+            counts.update(call.kernel.name for call in calls)
         to_opset_17(model)
     passes.RemoveUnusedNodesPass()(model)
     _save(model, source, target)
@@ -96,50 +106,63 @@ def _save(model: ir.Model, source: Path, target: Path) -> None:
     ir.save(model, target)
 
 
-def _stand_alone_head(model: ir.Model) -> None:
-    """Make a Gemm of one token a row a product of three dimensions, like all other products.
+def _scored_norms(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
+    """Gated norms whose kernel can leave the importance of its ``y`` too -> that other node.
 
-    TensorRT 8.6 fuses a Gemm with whatever stands near it into a region of its own making, whose
-    products accumulate in float16; a product between plugins stays a layer, with a choice of
-    tactics (see tensorrt_tactics).
+    The norm has every row of ``y`` at hand, so that no kernel need read it again.
     """
-    for node in list(model.graph):
-        if node.domain or node.op_type != "Gemm" or len(node.inputs) != 2:
+    found = {}
+    for node in graph:
+        if node.domain != DOMAIN or node.op_type != "TokenImportance":
             continue
-        plain = all(
-            name not in node.attributes or node.attributes[name].value == value
-            for name, value in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
-        )
-        taken = node.inputs[0].producer()
-        if not plain or taken is None or taken.op_type != "Gather":
-            continue
-        tokens = taken.inputs[0]  # [B, 1, D], the last token alone
-        if tokens.shape is None or tokens.shape[1] != 1:
-            continue
-        _replace_head(model.graph, node, tokens)
+        for use in node.inputs[0].uses():
+            norm = use.node
+            if norm.domain != DOMAIN or norm.op_type != "GatedRmsNorm" or use.idx != 0:
+                continue
+            if norm.attributes["group_size"].value == norm.attributes["inner"].value:
+                found[norm] = node
+    return found
 
 
-def _replace_head(graph: ir.Graph, gemm: ir.Node, tokens: ir.Value) -> None:
-    out = gemm.outputs[0]
-    made = []
-    weight = gemm.inputs[1]
-    if "transB" in gemm.attributes and gemm.attributes["transB"].value:
-        turn = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{gemm.name}/transpose")
-        weight = turn.outputs[0]
-        made.append(turn)
-    product = ir.node("MatMul", [tokens, weight], name=gemm.name)
-    axis = ir.Value(name=f"{gemm.name}/axis", const_value=ir.tensor([1], dtype=ir.DataType.INT64))
-    axis.shape, axis.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
-    graph.register_initializer(axis)
-    flat = ir.node("Squeeze", [product.outputs[0], axis], name=f"{gemm.name}/squeeze")
-    for node in (*made, product, flat):
-        value = node.outputs[0]
-        value.name, value.type = f"{node.name}/out", out.type
-    flat.outputs[0].shape = out.shape
-    product.outputs[0].shape = ir.Shape([out.shape[0], 1, out.shape[1]])
+def _replace_product(
+    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int
+) -> tuple[Call, ...]:
+    """Put a kernel in the place of a product with a constant; other nodes stay as they are.
+
+    TensorRT 8's own 16-bit products sum in float16 (see the op's README.md).
+    """
+    found = _product(node)
+    if found is None:
+        return ()
+    x, weight, attributes = found
+    specs = {"x": _spec(node, x, batch), "weight": _spec(node, weight, batch)}
+    (call,) = LINEAR.calls(specs, attributes)
+    (spec,) = call.outputs.values()
+    made = write(call, [x, weight], [_value(f"{node.name}/0/y", spec, node)])
+    made.name = f"{node.name}/0/{call.kernel.name}"
     ir.convenience.replace_nodes_and_values(
-        graph, gemm, [gemm], [*made, product, flat], [out], [flat.outputs[0]]
+        graph, node, [node], [made], list(node.outputs), list(made.outputs)
     )
+    return (call,)
+
+
+def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, dict[str, bool]] | None:
+    """x [B, L, K], the constant, and how it is stored, if the node is such a product."""
+    if node.domain or len(node.inputs) != 2 or node.inputs[1].const_value is None:
+        return None
+    x, weight = node.inputs
+    if node.op_type == "MatMul" and len(x.shape) == 3 and len(weight.shape) == 2:
+        return x, weight, {"turned": False, "flat": False}
+    taken = x.producer()
+    if node.op_type != "Gemm" or taken is None or taken.op_type != "Gather":
+        return None
+    values = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    values |= {name: attribute.value for name, attribute in node.attributes.items()}
+    tokens = taken.inputs[0]  # the last token of each row, alone
+    plain = (values["alpha"], values["beta"], values["transA"]) == (1.0, 1.0, 0)
+    if not plain or len(tokens.shape) != 3 or tokens.shape[1] != 1:
+        return None
+    return tokens, weight, {"turned": bool(values["transB"]), "flat": True}
 
 
 def _require_triton() -> None:
@@ -153,9 +176,19 @@ def _require_triton() -> None:
 
 
 def _replace(
-    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int
+    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, sm: int,
+    scores: ir.Node | None = None,
 ) -> tuple[Call, ...]:
-    """Put the launches of one custom-op node in its place."""
+    """Put the launches of one custom-op node in its place.
+
+    Args:
+        graph: is changed.
+        node: a custom op.
+        write: makes the node of one launch.
+        batch: where the graph's is open.
+        sm: compute capability times ten.
+        scores: the TokenImportance node that a GatedRmsNorm's kernel does along.
+    """
     name = ONNX_NAMES.get(node.op_type)
     if name is None:
         raise BuildFailed(
@@ -165,7 +198,9 @@ def _replace(
     face = FACES[name]
     tensors = {n: v for n, v in zip(face.inputs, node.inputs, strict=False) if v is not None}
     specs = {n: _spec(node, v, batch) for n, v in tensors.items()}
-    attributes = {n: a.value for n, a in node.attributes.items()}
+    attributes = {n: a.value for n, a in node.attributes.items()} | {"target": sm}
+    if scores is not None:
+        attributes["scores"] = True
     try:
         calls = face.calls(specs, attributes)
     except ValueError as error:
@@ -181,9 +216,12 @@ def _replace(
         values |= dict(zip(call.outputs, outputs, strict=True))
         made.append(now)
     results = [values[n] for n in face.results]
-    ir.convenience.replace_nodes_and_values(
-        graph, node, [node], made, list(node.outputs), results
-    )
+    old, outputs = [node], list(node.outputs)
+    if scores is not None:
+        results.append(values["scores"])
+        old.append(scores)
+        outputs += scores.outputs
+    ir.convenience.replace_nodes_and_values(graph, node, old, made, outputs, results)
     return calls
 
 
@@ -220,27 +258,37 @@ def _quick_node(call: Call, inputs: list[ir.Value], outputs: list[ir.Value]) -> 
 class _Launcher:
     """Writes nodes with PTX inside; equal kernels are compiled once."""
 
-    def __init__(self, sm: int) -> None:
-        self._sm = sm
+    def __init__(self, sm: int, tune: Tune | None) -> None:
+        self._sm, self._tune = sm, tune
         self._compiled: dict[str, Compiled] = {}
 
     def __call__(self, call: Call, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Node:
+        call = self._tune(call) if self._tune is not None else call
+        compiled, call = self._compile(call)
         return ir.node(
-            LAUNCH, inputs, launch_attributes(self._compile(call), call), domain=DOMAIN,
-            version=VERSION, outputs=outputs,
+            LAUNCH, inputs, launch_attributes(compiled, call), domain=DOMAIN, version=VERSION,
+            outputs=outputs,
         )
 
-    def _compile(self, call: Call) -> Compiled:
-        from tokred_plugins.aot import compile_call, compile_key
+    def _compile(self, call: Call) -> tuple[Compiled, Call]:
+        from tokred_plugins.aot import DoesNotFit, compile_call, compile_key
+        from tokred_plugins.retune import candidates
 
-        key = compile_key(call)
-        if key not in self._compiled:
+        failure: Exception | None = None
+        for candidate in candidates(call):  # the call's own tactic first
+            key = compile_key(candidate)
             try:
-                self._compiled[key] = compile_call(call, self._sm)
+                if key not in self._compiled:
+                    self._compiled[key] = compile_call(candidate, self._sm)
+                return self._compiled[key], candidate
+            except DoesNotFit as error:  # a smaller GPU may take a smaller tactic
+                failure = failure or error
             except (ValueError, RuntimeError) as error:
-                raise BuildFailed(f"the kernel {call.kernel.name} does not compile: {error}"
-                                  ) from error
-        return self._compiled[key]
+                failure = error
+                break
+        raise BuildFailed(
+            f"the kernel {call.kernel.name} does not compile: {failure}"
+        ) from failure
 
 
 def launch_attributes(compiled: Compiled, call: Call) -> dict[str, str | int | list[int]]:

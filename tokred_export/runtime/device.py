@@ -5,7 +5,9 @@ Free of torch. Source: the CUDA driver API, through NVIDIA's cuda-bindings.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,7 +66,7 @@ class Device:
         )
         name = self._call("cuDeviceGetName", 128, self._device)
         total = self._call("cuDeviceTotalMem", self._device)
-        return Gpu(name.rstrip(b"\0").decode(errors="replace"), 10 * major + minor, total)
+        return Gpu(name.partition(b"\0")[0].decode(errors="replace"), 10 * major + minor, total)
 
     def used_bytes(self) -> int:
         """Device memory that is taken, by this process and all others."""
@@ -114,6 +116,47 @@ class Device:
     def destroy_graph(self, graph: object) -> None:
         """Give a recorded graph back."""
         self._call("cuGraphExecDestroy", graph)
+
+    def load_kernel(self, ptx: str, entry: str, shared: int) -> tuple[object, object]:
+        """A module and its function, allowed so many bytes of dynamic shared memory."""
+        module = self._call("cuModuleLoadData", ptx.encode())
+        function = self._call("cuModuleGetFunction", module, entry.encode())
+        limit = self.driver.CUfunction_attribute
+        self._call(
+            "cuFuncSetAttribute", function,
+            limit.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared,
+        )
+        return module, function
+
+    def unload_kernel(self, kernel: tuple[object, object]) -> None:
+        """Give back what :meth:`load_kernel` returned."""
+        self._call("cuModuleUnload", kernel[0])
+
+    def launch(
+        self, kernel: tuple[object, object], grid: tuple[int, int, int], block: int, shared: int,
+        arguments: Sequence[int | np.int32],
+    ) -> None:
+        """Put one launch on the stream; ints are addresses, numpy int32 are themselves."""
+        values = tuple(int(value) for value in arguments)
+        kinds = tuple(
+            ctypes.c_void_p if isinstance(value, int) else ctypes.c_int for value in arguments
+        )
+        self._call(
+            "cuLaunchKernel", kernel[1], *grid, block, 1, 1, shared, self.stream,
+            (values, kinds), 0,
+        )
+
+    def elapsed_ms(self, work: Callable[[], object]) -> float:
+        """Milliseconds between two events around what ``work`` puts on the stream."""
+        events = [self._call("cuEventCreate", 0) for _ in range(2)]
+        self._call("cuEventRecord", events[0], self.stream)
+        work()
+        self._call("cuEventRecord", events[1], self.stream)
+        self._call("cuEventSynchronize", events[1])
+        taken = self._call("cuEventElapsedTime", *events)
+        for event in events:
+            self._call("cuEventDestroy", event)
+        return float(taken)
 
     def _call(self, name: str, *arguments: object) -> object:
         """A driver function's result; its status is checked.

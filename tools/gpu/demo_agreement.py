@@ -77,7 +77,6 @@ def main() -> None:
     parser.add_argument("--round-to", type=int, default=1)
     parser.add_argument("--level", type=int)
     parser.add_argument("--timing-cache", type=Path)
-    parser.add_argument("--products-first", action="store_true")
     parser.add_argument("--commit", default=os.environ.get("TOKRED_COMMIT", "unknown"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, KernelFace, Tuning
+from tokred_plugins.faces import ROW_TUNING, Attribute, KernelFace
 from tokred_plugins.kernels import Call, Spec
 
 
@@ -20,5 +20,5 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
 
 FACE = KernelFace(
     ("input_ids", "table", "weight"), ("normed", "residual"), calls,
-    {"embed_rms_norm": Tuning(free=("BLOCK",))},
+    {"embed_rms_norm": ROW_TUNING},
 )

@@ -16,6 +16,7 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
         specs["xbc"], specs["zxbcdt"], specs["dt_bias"], specs["a_log"], specs["d"],
         specs["pads"], specs.get("initial_state"), int(attributes["n_groups"]),
         int(attributes["d_state"]), float(attributes["dt_min"]), float(attributes["dt_max"]),
+        target=attributes.get("target"),
     )
 
 
@@ -25,14 +26,31 @@ def steps_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
 
 
 def scan_grid(sizes: Mapping[str, int], now: Grid) -> Grid | None:
-    """Heads a program by segments; the heads of a program share a group's B and C."""
+    """Heads a program, which share a group's B and C."""
     if (sizes["H"] // sizes["G"]) % sizes["HEADS"]:
         return None
     return sizes["H"] // sizes["HEADS"], now[1]
 
 
-# The chunk Q and the segments are in the shapes of the tensors between the kernels: they stay.
+def chunk_scan_grid(sizes: Mapping[str, int], now: Grid) -> Grid | None:
+    """Heads a program by pieces of the sequence, a chunk being whole pieces."""
+    if (sizes["H"] // sizes["G"]) % sizes["HEADS"] or sizes["Q"] % sizes["ROWS"]:
+        return None
+    return sizes["H"] // sizes["HEADS"], cdiv(sizes["length"], sizes["ROWS"])
+
+
+def pass_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
+    """Heads by pieces of the state."""
+    return now[0], cdiv(sizes["P"] * sizes["N"], sizes["BLOCK"])
+
+
+# The chunk Q is in the shapes of the tensors between the kernels: it stays.
 FACE = KernelFace(
     ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads", "initial_state"), ("y", "state"), calls,
-    {"ssd_steps": Tuning(("BLOCK",), steps_grid), "ssd_scan": Tuning(("HEADS",), scan_grid)},
+    {
+        "ssd_steps": Tuning(("BLOCK",), steps_grid),
+        "ssd_scan": Tuning(("HEADS",), scan_grid),
+        "ssd_pass": Tuning(("BLOCK", "AHEAD"), pass_grid),
+        "ssd_chunk_scan": Tuning(("ROWS", "HEADS"), chunk_scan_grid),
+    },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, KernelFace, Tuning
+from tokred_plugins.faces import ROW_TUNING, Attribute, KernelFace
 from tokred_plugins.kernels import Call, Spec
 
 
@@ -15,4 +15,4 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     return kernel.calls(specs["y"])
 
 
-FACE = KernelFace(("y",), ("scores",), calls, {"token_importance": Tuning(free=("BLOCK",))})
+FACE = KernelFace(("y",), ("scores",), calls, {"token_importance": ROW_TUNING})

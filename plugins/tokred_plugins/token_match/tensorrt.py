@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, Grid, KernelFace, Tuning
+from tokred_plugins.faces import ROW_TUNING, Attribute, Grid, KernelFace, Tuning
 from tokred_plugins.kernels import Call, Spec, cdiv
 
 
@@ -30,7 +30,7 @@ def best_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
 FACE = KernelFace(
     ("hidden", "lower", "upper"), ("similarity", "target"), calls,
     {
-        "token_norm": Tuning(free=("BLOCK",)),
+        "token_norm": ROW_TUNING,
         "token_match": Tuning(("BLOCK_A", "BLOCK_B", "BLOCK_D"), match_grid),
         "token_match_best": Tuning(("BLOCK",), best_grid),
     },

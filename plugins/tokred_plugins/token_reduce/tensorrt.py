@@ -19,5 +19,5 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
 
 FACE = KernelFace(
     INPUTS, ("hidden_out", "residual_out"), calls,
-    {"token_reduce": Tuning(free=("BLOCK", "TARGETS"))},
+    {"token_reduce": Tuning(free=("BLOCK", "TARGETS", "SOURCES"))},
 )

@@ -1,11 +1,11 @@
-"""The GPU face: one kernel."""
+"""The GPU face: two kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, KernelFace
-from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.faces import Attribute, Grid, KernelFace, Tuning
+from tokred_plugins.kernels import Call, Spec, cdiv
 
 
 def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
@@ -17,4 +17,20 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     )
 
 
-FACE = KernelFace(("scores", "pads"), ("lower", "upper"), calls)
+def rank_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
+    """A few tokens a program."""
+    return cdiv(sizes["length"], sizes["MINE"]), 1
+
+
+def place_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
+    """More tokens a program."""
+    return cdiv(sizes["length"], sizes["TOKENS"]), 1
+
+
+FACE = KernelFace(
+    ("scores", "pads"), ("lower", "upper"), calls,
+    {
+        "token_split_rank": Tuning(("MINE", "OTHERS"), rank_grid),
+        "token_split": Tuning(("TOKENS", "OTHERS"), place_grid),
+    },
+)

@@ -1,0 +1,149 @@
+"""The Triton kernels of matrix products with a constant: 16-bit operands, float32 sums.
+
+No op of its own: :mod:`tokred_export.export.lower` puts them in the place of MatMul nodes, for
+TensorRT 8's own 16-bit products sum in float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import triton
+import triton.language as tl
+
+from tokred_plugins.kernels import PRECISION, Call, Kernel, Spec, Tactic, cdiv, choose
+
+
+@triton.jit(do_not_specialize=["length"])
+def linear_kernel(
+    x, weight, length, y,
+    K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    # Programs that run together share rows and columns: GROUP tiles down before one across.
+    tiles_m = tl.cdiv(length, BLOCK_M)
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
+    first = tile // (GROUP * tiles_n) * GROUP
+    rows_here = tl.minimum(tiles_m - first, GROUP)
+    inside = tile % (GROUP * tiles_n)
+    m = (first + inside % rows_here) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = inside // rows_here * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows and columns beyond the end are computed on others' data and not stored.
+    row = tl.where(m < length, m, 0)
+    column = tl.where(n < N, n, 0)
+    column = tl.max_contiguous(tl.multiple_of(column, BLOCK_N), BLOCK_N) if N % BLOCK_N == 0 else n
+    in_n = (n < N)[None, :]
+    step: tl.constexpr = 1 if TURNED else N  # from one k to the next
+    x += (batch * length + row.to(tl.int64)[:, None]) * K + k[None, :]
+    weight += k[:, None] * step + column.to(tl.int64)[None, :] * (K if TURNED else 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for at in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(x)
+            b = tl.load(weight, mask=in_n, other=0) if N % BLOCK_N else tl.load(weight)
+        else:
+            a = tl.load(x, mask=(at + k < K)[None, :], other=0)
+            b = tl.load(weight, mask=(at + k < K)[:, None] & in_n, other=0)
+        acc = tl.dot(a, b, acc=acc, input_precision=PRECISION)
+        x += BLOCK_K
+        weight += BLOCK_K * step
+    out = y + (batch * length + m.to(tl.int64)[:, None]) * N + n[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=(m < length)[:, None] & in_n)
+
+
+@triton.jit(do_not_specialize=["length"])
+def linear_few_kernel(
+    x, weight, length, y,
+    K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    # The weights are what is read: the first sequence's programs do the rows of all.
+    step: tl.constexpr = 1 if TURNED else N  # from one k to the next
+    if tl.program_id(2) == 0:
+        rows = length * tl.num_programs(2)
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        in_n = (n < N)[None, :]
+        for first in range(0, rows, BLOCK_M):
+            m = first + tl.arange(0, BLOCK_M)
+            in_m = (m < rows)[:, None]
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for at in range(0, K, BLOCK_K):
+                in_k = at + k < K
+                a = tl.load(
+                    x + m.to(tl.int64)[:, None] * K + at + k[None, :],
+                    mask=in_m & in_k[None, :], other=0,
+                )
+                b = tl.load(
+                    weight + (at + k).to(tl.int64)[:, None] * step
+                    + n.to(tl.int64)[None, :] * (K if TURNED else 1),
+                    mask=in_k[:, None] & in_n, other=0,
+                )
+                acc = tl.dot(a, b, acc=acc, input_precision=PRECISION)
+            out = y + m.to(tl.int64)[:, None] * N + n[None, :]
+            tl.store(out, acc.to(y.dtype.element_ty), mask=in_m & in_n)
+
+
+LINEAR = Kernel(
+    "linear", linear_kernel, ("x", "weight"), ("length",), ("y",),
+    tuple(
+        Tactic({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, warps, stages)
+        for m, n, k, warps, stages in (
+            (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4),
+            (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (256, 128, 64, 8, 3), (64, 64, 64, 4, 4),
+            (128, 128, 32, 4, 3), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2),
+        )
+    ),
+)
+LINEAR_FEW = Kernel(
+    "linear_few", linear_few_kernel, ("x", "weight"), ("length",), ("y",),
+    tuple(
+        Tactic({"BLOCK_M": 16, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
+        for n, k, warps, stages in (
+            (64, 128, 4, 4), (128, 64, 4, 4), (32, 128, 4, 4), (64, 64, 4, 3), (32, 32, 4, 2),
+        )
+    ),
+)
+# Up to so many rows a sequence the product reads little but the weights.
+FEW = 16
+
+
+def calls(
+    x: Spec, weight: Spec, turned: bool = False, flat: bool = False,
+    tactics: Mapping[str, Tactic] | None = None,
+) -> tuple[Call, ...]:
+    """The launch of y = x [B, L, K] @ weight [K, N], in x's dtype, summed in float32.
+
+    Args:
+        x: rows.
+        weight: constant.
+        turned: the weight is stored as [N, K], as an embedding is.
+        flat: L is 1, and y is described as [B, N] instead of [B, 1, N].
+        tactics: kernel name -> tactic, where not the default.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    batch, length, inner = x.shape
+    kept, columns = reversed(weight.shape) if turned else weight.shape
+    if kept != inner or (flat and length != 1):
+        raise ValueError(f"x {x.shape} cannot be multiplied with a weight {weight.shape}")
+    shape = (batch, columns) if flat else (batch, length, columns)
+    few = length <= FEW
+    kernel = LINEAR_FEW if few else LINEAR
+    default = kernel.tactics[-1] if x.dtype == "fp32" else kernel.tactics[0]
+    tactic = choose(kernel, tactics, default)
+    tiles = cdiv(columns, tactic.blocks["BLOCK_N"])
+    call = Call(
+        kernel=kernel,
+        inputs={"x": x.dtype, "weight": weight.dtype},
+        extras={"length": length},
+        outputs={"y": Spec(shape, x.dtype)},
+        constants={"K": inner, "N": columns, "TURNED": turned, "PRECISION": PRECISION[x.dtype]},
+        tactic=tactic,
+        grid=(tiles if few else tiles * cdiv(length, tactic.blocks["BLOCK_M"]), 1),
+    )
+    return (call,)

@@ -1,0 +1,81 @@
+"""Products with a constant against float64: every tile shape, odd sizes, both ways to store it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_cases import DTYPES, ON_GPU, TOLERANCE, close, make, require_kernels
+
+require_kernels()
+
+from tokred_plugins.kernels import run, spec_of  # noqa: E402
+from tokred_plugins.linear import kernel as linear  # noqa: E402
+
+# Small tiles, which the interpreter can do; a GPU tries all that fit it.
+MANY = linear.LINEAR.tactics if ON_GPU else linear.LINEAR.tactics[-3:]
+FEW = linear.LINEAR_FEW.tactics if ON_GPU else linear.LINEAR_FEW.tactics[-2:]
+
+
+def check(shape, inner, columns, turned, tactic, dtype, flat=False):
+    """One product; rows of other sequences and columns beyond the end must not matter."""
+    x = make(1, *shape, inner, dtype=dtype)
+    weight = make(2, *((columns, inner) if turned else (inner, columns)), dtype=dtype)
+    picked = {"linear": tactic, "linear_few": tactic}
+    (call,) = linear.calls(spec_of(x), spec_of(weight), turned, flat, picked)
+    got = run((call,), {"x": x, "weight": weight})["y"]
+    assert call.kernel.name == ("linear" if shape[1] > linear.FEW else "linear_few")
+    wide = weight.double().cpu()
+    expected = x.double().cpu() @ (wide.T if turned else wide)
+    close(got, expected[:, 0] if flat else expected, TOLERANCE[dtype], f"y with {tactic}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [False, True], ids=["K x N", "N x K"])
+@pytest.mark.parametrize(
+    ("length", "inner", "columns"), [(40, 70, 90), (150, 64, 128), (33, 32, 8)]
+)
+def test_many_rows(length, inner, columns, turned, dtype):
+    """Lengths, depths and widths that are whole tiles and that are not; two sequences."""
+    for tactic in MANY:
+        if dtype != torch.float32 or tactic.blocks["BLOCK_M"] < 128:
+            check((2, length), inner, columns, turned, tactic, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [False, True], ids=["K x N", "N x K"])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 1), (2, 16), (40, 1)])
+def test_few_rows(batch, length, turned, dtype):
+    """All sequences' rows in one walk over the weights, more of them than a tile has too."""
+    for tactic in FEW:
+        check((batch, length), 50, 130, turned, tactic, dtype)
+
+
+def test_the_head_is_flat():
+    """One token a row gives [B, V]."""
+    check((3, 1), 64, 96, True, linear.LINEAR_FEW.tactics[-1], torch.float32, flat=True)
+
+
+def test_sums_are_float32():
+    """4096 ones times 1.0 and a little more: a float16 sum would stop growing at 2048."""
+    inner = 4096
+    x = torch.ones(1, 20, inner, dtype=torch.float16, device=make(0, 1).device)
+    weight = torch.ones(inner, 16, dtype=torch.float16, device=x.device)
+    for few in (True, False):
+        rows = x[:, :1] if few else x
+        tactic = FEW[-1] if few else MANY[-1]
+        picked = {"linear": tactic, "linear_few": tactic}
+        calls = linear.calls(spec_of(rows), spec_of(weight), tactics=picked)
+        assert (run(calls, {"x": rows.contiguous(), "weight": weight})["y"] == inner).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "options"),
+    [((2, 3, 8), (9, 4), {}), ((2, 3, 8), (8, 4), {"turned": True}),
+     ((2, 3, 8), (8, 4), {"flat": True})],
+)
+def test_shapes_that_do_not_fit(x, weight, options):
+    """Depths that differ, and a flat result of several tokens."""
+    from tokred_plugins.kernels import Spec
+
+    with pytest.raises(ValueError, match="cannot be multiplied"):
+        linear.calls(Spec(x, "fp16"), Spec(weight, "fp16"), **options)

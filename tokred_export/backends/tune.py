@@ -1,0 +1,150 @@
+"""Which tactic of a kernel is fastest on this GPU: measured, and remembered.
+
+TensorRT does this itself for quick plugins; the launcher plugin runs the one kernel it is given.
+Only kernels whose time does not depend on what their inputs hold are measured, on random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokred_plugins.aot import Compiled, DoesNotFit, compile_call, compile_key
+from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.retune import candidates
+
+from tokred_export.disk import write_atomic
+from tokred_export.runtime.device import Device
+
+MEASURED = ("linear", "linear_few")
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "i32": 4, "i1": 1}
+_WARM, _RUNS, _REPEATS = 2, 5, 3
+
+
+class Tuner:
+    """Measures each call once, and keeps what it found in a file.
+
+    Args:
+        sm: compute capability of the GPU, times ten.
+        file: results of earlier builds on this kind of GPU; None forgets them.
+    """
+
+    def __init__(self, sm: int, file: Path | None = None) -> None:
+        self._sm, self._file = sm, file
+        self._known: dict[str, str] = {}
+        if file is not None and file.is_file():
+            self._known = json.loads(file.read_text())
+        self._device: Device | None = None
+        self._buffers: dict[str, tuple[int, int]] = {}
+        # Lengths share code, and loading it costs the driver's compiler a second.
+        self._loaded: dict[str, tuple[Compiled, tuple[object, object]] | None] = {}
+
+    def best(self, call: Call) -> Call:
+        """The call with its fastest tactic, or as it is if it is not measured."""
+        if call.kernel.name not in MEASURED:
+            return call
+        offered = {str(candidate.tactic): candidate for candidate in candidates(call)}
+        key = _key(call)
+        if self._known.get(key) not in offered:
+            times = {
+                name: ms for name, candidate in offered.items()
+                if (ms := self._time(candidate)) is not None
+            }
+            if not times:
+                return call  # none fits this GPU: compiling it will say so
+            self._known[key] = min(times, key=lambda name: times[name])
+            if self._file is not None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self._file, json.dumps(self._known, indent=0).encode())
+        return offered[self._known[key]]
+
+    def close(self) -> None:
+        """Give the GPU's memory back."""
+        for address, _ in self._buffers.values():
+            self._device.free(address)
+        self._buffers.clear()
+        for found in self._loaded.values():
+            if found is not None:
+                self._device.unload_kernel(found[1])
+        self._loaded.clear()
+
+    def _time(self, call: Call) -> float | None:
+        """Milliseconds of one launch; None where it does not fit the GPU."""
+        device = self._device = self._device or Device()
+        found = self._load(call)
+        if found is None:
+            return None
+        compiled, function = found
+        arguments, batch = self._arguments(compiled, call)
+
+        def launch() -> None:
+            device.launch(
+                function, (*call.grid, batch), compiled.block, compiled.shared, arguments
+            )
+
+        for _ in range(_WARM):
+            launch()
+        taken = []
+        for _ in range(_REPEATS):
+            taken.append(device.elapsed_ms(lambda: [launch() for _ in range(_RUNS)]) / _RUNS)
+        return min(taken)
+
+    def _load(self, call: Call) -> tuple[Compiled, tuple[object, object]] | None:
+        """The code and its function on the GPU; None where it does not fit."""
+        key = compile_key(call)
+        if key not in self._loaded:
+            try:
+                compiled = compile_call(call, self._sm)
+            except DoesNotFit:
+                self._loaded[key] = None
+            else:
+                kernel = self._device.load_kernel(compiled.ptx, compiled.entry, compiled.shared)
+                self._loaded[key] = compiled, kernel
+        return self._loaded[key]
+
+    def _arguments(self, compiled: Compiled, call: Call) -> tuple[list[int | np.int32], int]:
+        """Addresses and int32 extras in the entry's order, and the batch."""
+        (output,) = call.outputs.values()
+        batch, inner = output.shape[0], int(call.constants["K"])
+        length, columns = call.extras["length"], int(call.constants["N"])
+        specs = {
+            "x": Spec((batch, length, inner), call.inputs["x"]),
+            "weight": Spec((inner, columns), call.inputs["weight"]), "y": output,
+        }
+        values: list[int | np.int32] = []
+        for parameter in compiled.parameters:
+            if parameter.role == "extra":
+                values.append(np.int32(call.extras[parameter.name]))
+            else:
+                values.append(self._buffer(parameter.name, specs[parameter.name]))
+        return values, batch
+
+    def _buffer(self, name: str, spec: Spec) -> int:
+        """The address of a tensor of random numbers, at least as large as asked for."""
+        size = BYTES[spec.dtype] * int(np.prod(spec.shape))
+        address, held = self._buffers.get(name, (0, -1))
+        if held < size:
+            if address:
+                self._device.free(address)
+            address = self._device.allocate(size)
+            self._device.upload(_random_bytes(size, spec.dtype), address)
+            self._buffers[name] = (address, size)
+        return address
+
+
+def _random_bytes(size: int, dtype: str) -> np.ndarray:
+    """Numbers of a standard deviation of a tenth; zeros would run faster than real data."""
+    block = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32) / 10
+    if dtype == "bf16":
+        raw = (block.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    else:
+        raw = block.astype(np.float32 if dtype == "fp32" else np.float16).view(np.uint8)
+    return np.resize(raw, size)
+
+
+def _key(call: Call) -> str:
+    """What decides the fastest tactic: kernel, types, constants, lengths, batch."""
+    shapes = {name: (spec.shape, spec.dtype) for name, spec in call.outputs.items()}
+    parts = (call.kernel.name, dict(call.inputs), dict(call.extras), shapes, dict(call.constants))
+    return repr(parts)
