@@ -17,12 +17,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 
 from kernel_shapes import MODELS, cases
 from tokred_plugins.aot import compile_call
-from tokred_plugins.kernels import Call
+from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.linear import kernel as linear
 
 
 def every_call() -> Iterator[Call]:
     """One call of each kernel, at the sizes of 130m with its default tactic."""
     done = set()
+    for length in (2048, 1):  # products of many rows, and of few
+        yield from linear.calls(Spec((1, length, 768), "fp16"), Spec((768, 3352), "fp16"))
     for batch in (1, 8):  # some kernels are for few tokens, others for many
         for case in cases(MODELS["130m"], batch, 2048, "fp16"):
             calls = case.launches()

@@ -219,7 +219,10 @@ def file_facts(source: Path, target: int, descriptions: Descriptions) -> dict:
     names = quick.register_file(quick_file, target)
     assert quick.register_file(quick_file, target) == names
     nodes = list(nodes_of(quick_file))
-    launchers = [attributes for _, attributes in kernel_nodes(ir.load(launcher_file))]
+    launchers = [
+        attributes for _, attributes in kernel_nodes(ir.load(launcher_file))
+        if not attributes["kernel"].startswith("linear")  # TensorRT's own in this form
+    ]
     facts = []
     for node, attributes in zip(nodes, launchers, strict=True):
         batches = [IDimensionExpr(node.inputs[0][1][0]).at(b) for b in BATCHES]

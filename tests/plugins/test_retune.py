@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 
 from kernel_shapes import MODELS, cases
 from tokred_plugins.kernel_faces import TUNINGS
-from tokred_plugins.kernels import Tactic
 from tokred_plugins.retune import candidates
 from tokred_plugins.token_match import kernel as match
 
@@ -26,8 +25,10 @@ CASES = {
 
 def with_tactic(case, call):
     """The call of the same kernel when the op's ``calls`` is asked for this one's tactic."""
-    # The scan's segments are decided with its tactic; here they are decided already.
-    options = {"segments": call.grid[1]} if call.kernel.name == "ssd_scan" else {}
+    # Which of the scan's two ways is taken is decided with its tactic; here it is already.
+    options = {}
+    if call.kernel.name.startswith("ssd_"):
+        options = {"segments": 1 if call.kernel.name in ("ssd_steps", "ssd_scan") else 2}
     made = case.launches({call.kernel.name: call.tactic}, **options)
     return next(c for c in made if c.kernel is call.kernel)
 
@@ -61,7 +62,7 @@ def test_most_tactics_can_stand_in():
         for call in case.launches():
             offered = {str(c.tactic) for c in candidates(call)}
             refused = [t for t in call.kernel.tactics if str(t) not in offered]
-            if call.kernel.name == "ssd_scan":
+            if call.kernel.name in ("ssd_scan", "ssd_chunk_scan"):
                 assert all(t.blocks["Q"] != call.tactic.blocks["Q"] for t in refused)
             elif call.kernel.name == "token_match":
                 assert all(call.extras["share"] % t.blocks["BLOCK_B"] for t in refused)
@@ -77,7 +78,8 @@ def test_the_chunk_stays():
 
 def test_heads_of_a_program_share_a_group():
     """Two heads a program do not go into groups of three."""
-    call = CASES["ssd_scan-130m-B1"].launches()[-1]
+    call = CASES["ssd_scan-2.7b-B8"].launches()[-1]
+    call = replace(call, constants={**call.constants, "H": 24}, grid=(24, 1))
     assert 2 in {c.tactic.blocks["HEADS"] for c in candidates(call)}
     groups_of_three = replace(call, constants={**call.constants, "G": call.constants["H"] // 3})
     assert {c.tactic.blocks["HEADS"] for c in candidates(groups_of_three)} == {1}
@@ -87,17 +89,17 @@ def test_heads_of_a_program_share_a_group():
 def test_parts_are_whole_tiles(tiles, sizes):
     """A tile that does not divide a program's share would reach into the next one's."""
     call = CASES["token_match-130m-B1"].launches()[1]
-    assert call.tactic.blocks["BLOCK_B"] == 64
     shared = replace(call, extras={**call.extras, "share": 64 * tiles})
     assert {c.tactic.blocks["BLOCK_B"] for c in candidates(shared)} == sizes
 
 
 def test_a_kernel_without_a_tuning_keeps_its_blocks():
     """What nobody has thought about is not changed; warps and stages may be."""
-    call = CASES["token_split-130m-B1"].launches()[0]
-    assert call.kernel.name not in TUNINGS
-    more = replace(call.kernel, tactics=(*call.kernel.tactics, Tactic({"BLOCK": 8}, 4)))
-    assert len(candidates(replace(call, kernel=more))) == len(call.kernel.tactics)
+    call = CASES["add_rms_norm-130m-B1"].launches()[0]
+    unknown = replace(call.kernel, name="unheard_of")
+    assert unknown.name not in TUNINGS and len(candidates(call)) > 1
+    same = [t for t in unknown.tactics if t.blocks == call.tactic.blocks]
+    assert [c.tactic for c in candidates(replace(call, kernel=unknown))] == same
 
 
 def test_a_tuning_that_disagrees_with_the_kernel_is_an_error():
