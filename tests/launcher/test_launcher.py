@@ -124,6 +124,17 @@ def test_other_code_is_another_module(stage, fields):
     assert Path(f"{played.record}.2").read_text() == second["fields"]["ptx"]
 
 
+def test_other_shared_memory_is_another_module(stage, fields):
+    """What was asked for with the first would be too little for the second."""
+    conv = fields["conv"]["fields"]
+    played = stage.play(
+        stage.node("a", conv, shared=50_000), stage.node("b", conv, shared=60_000),
+        "initialize a", "initialize b",
+    )
+    assert played.calls("cuFuncSetAttribute") == [
+        "module=1 shared=50000", "module=2 shared=60000"]
+
+
 def test_a_module_that_is_gone_is_loaded_anew(stage, fields):
     """TensorRT's builder initialises and terminates a plugin many times."""
     rounds = ["initialize n", "enqueue n 1", "terminate n"] * 3

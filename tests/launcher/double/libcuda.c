@@ -177,8 +177,8 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, char const* 
     CUresult status = enter("cuModuleGetFunction", more);
     snprintf(entry, sizeof entry, ".entry %s(", name);
     char* at = strstr(module->code, entry);
-    if (status == CUDA_SUCCESS && at == NULL) {
-        return CUDA_ERROR_NOT_FOUND;
+    if (status != CUDA_SUCCESS || at == NULL) {
+        return status != CUDA_SUCCESS ? status : CUDA_ERROR_NOT_FOUND;
     }
     char* end = strchr(at, ')');
     int count = 0;
