@@ -6,21 +6,21 @@
 
 #include <memory>
 
-namespace tokred
-{
+namespace tokred {
 
-// A kernel loaded into the current context. Modules of equal PTX are loaded once and unloaded
-// with their last user; the driver compiles each anew otherwise.
-class LoadedKernel
-{
+// A kernel loaded into one CUDA context. Equal code is loaded once a context and unloaded with
+// its last user, since the driver would compile each anew.
+class LoadedKernel {
 public:
-    // Throws std::runtime_error, saying which kernel, which GPU, and what the driver said.
-    static std::shared_ptr<LoadedKernel> load(Kernel const& kernel);
+    // Into the current context. Throws std::runtime_error, saying which kernel, which GPU, and
+    // what the driver said.
+    static std::shared_ptr<LoadedKernel const> load(Kernel const& kernel);
     virtual ~LoadedKernel() = default;
 
-    // Puts one launch on the stream; pointers are inputs then outputs. Throws std::runtime_error.
+    // Puts one launch on the stream and does nothing else, so that a stream may be capturing a
+    // CUDA graph; any number of threads may do so. Throws std::runtime_error.
     virtual void launch(Kernel const& kernel, void const* const* inputs, void* const* outputs,
-        int32_t batch, void* stream) const = 0;
+        int64_t batch, void* stream) const = 0;
 };
 
 } // namespace tokred

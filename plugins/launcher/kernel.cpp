@@ -1,215 +1,190 @@
 #include "kernel.h"
 
+#include <algorithm>
+#include <charconv>
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
-namespace tokred
-{
-namespace
-{
+namespace tokred {
+namespace {
 
-constexpr uint32_t kMagic = 0x544b4c31; // "TKL1": change it with the format
+constexpr char kMagic[] = "tokred KernelLaunch 2"; // change the number with the format
+constexpr char kCutShort[] = "the plan's kernel description is cut short";
 
-class Writer
-{
-public:
-    template <typename T>
-    void number(T value)
-    {
-        mBytes.append(reinterpret_cast<char const*>(&value), sizeof value);
-    }
-    void text(std::string const& value)
-    {
-        number<uint64_t>(value.size());
-        mBytes += value;
-    }
-    template <typename T>
-    void numbers(std::vector<T> const& values)
-    {
-        number<uint64_t>(values.size());
-        for (T value : values)
-        {
-            number(static_cast<int32_t>(value));
-        }
-    }
-    std::string take()
-    {
-        return std::move(mBytes);
-    }
-
-private:
-    std::string mBytes;
-};
-
-class Reader
-{
-public:
-    Reader(void const* data, size_t size)
-        : mAt(static_cast<char const*>(data))
-        , mLeft(size)
-    {
-    }
-    template <typename T>
-    T number()
-    {
-        T value{};
-        std::memcpy(&value, step(sizeof value), sizeof value);
-        return value;
-    }
-    std::string text()
-    {
-        auto const size = number<uint64_t>();
-        return {step(size), static_cast<size_t>(size)};
-    }
-    template <typename T>
-    std::vector<T> numbers()
-    {
-        auto const count = number<uint64_t>();
-        if (count > mLeft / sizeof(int32_t))
-        {
-            throw std::invalid_argument("the plan's kernel description is cut short");
-        }
-        std::vector<T> values;
-        for (uint64_t i = 0; i < count; ++i)
-        {
-            values.push_back(static_cast<T>(number<int32_t>()));
-        }
-        return values;
-    }
-    bool atEnd() const
-    {
-        return mLeft == 0;
-    }
-
-private:
-    char const* step(uint64_t size)
-    {
-        if (size > mLeft)
-        {
-            throw std::invalid_argument("the plan's kernel description is cut short");
-        }
-        char const* at = mAt;
-        mAt += size;
-        mLeft -= size;
-        return at;
-    }
-    char const* mAt;
-    size_t mLeft;
-};
-
-void require(bool holds, std::string const& what)
-{
-    if (!holds)
-    {
+void require(bool holds, std::string const& what) {
+    if (!holds) {
         throw std::invalid_argument(what);
     }
 }
 
-} // namespace
-
-Type parseType(std::string const& name)
-{
-    char const* const names[] = {"fp32", "fp16", "bf16", "i32", "i1"};
-    for (int32_t i = 0; i < 5; ++i)
-    {
-        if (name == names[i])
-        {
-            return static_cast<Type>(i);
-        }
-    }
-    throw std::invalid_argument("unknown element type '" + name + "'");
+std::string const& text(Fields const& fields, char const* name) {
+    auto const found = fields.find(name);
+    require(found != fields.end(), std::string("field ") + name + " is missing");
+    return found->second;
 }
 
-std::vector<Type> parseTypes(std::string const& names)
-{
-    std::vector<Type> types;
-    std::istringstream stream(names);
-    for (std::string name; stream >> name;)
-    {
-        types.push_back(parseType(name));
-    }
-    return types;
+std::string const& filled(Fields const& fields, char const* name) {
+    std::string const& value = text(fields, name);
+    require(!value.empty(), std::string("field ") + name + " is empty");
+    return value;
 }
 
-std::vector<int32_t> parseNumbers(std::string const& numbers)
-{
+std::vector<int32_t> numbers(Fields const& fields, char const* name) {
     std::vector<int32_t> values;
-    std::istringstream stream(numbers);
-    for (std::string word; stream >> word;)
-    {
-        size_t read = 0;
-        values.push_back(std::stoi(word, &read));
-        require(read == word.size(), "'" + word + "' is no number");
+    std::istringstream stream(text(fields, name));
+    for (std::string word; stream >> word;) {
+        int32_t value{};
+        char const* const end = word.data() + word.size();
+        auto const read = std::from_chars(word.data(), end, value);
+        require(read.ec == std::errc{} && read.ptr == end,
+            std::string("field ") + name + " holds '" + word + "', expected 32-bit integers");
+        values.push_back(value);
     }
     return values;
 }
 
-void Kernel::check() const
-{
-    require(!ptx.empty() && !entry.empty(), "field ptx or entry is missing");
-    require(ptx.find(entry) != std::string::npos, "the PTX has no entry " + entry);
-    require(target > 0, "field target is missing");
-    require(grid[0] > 0 && grid[1] > 0, "field grid must have two positive numbers");
-    require(block > 0 && block <= 1024, "field block must be 1 to 1024 threads");
-    require(shared >= 0, "field shared is negative");
-    require(!inputs.empty() && !outputs.empty(), "field input_types or output_types is missing");
-    require(outputs.size() == outputDims.size(), "output_types and output_ranks differ in number");
-    for (auto const& dims : outputDims)
-    {
-        require(dims.size() < 8, "an output has more than 8 dimensions");
-        for (int32_t size : dims)
-        {
-            require(size >= 0, "an output has a negative size");
-        }
-    }
+int32_t number(Fields const& fields, char const* name, int32_t least, int32_t most) {
+    auto const values = numbers(fields, name);
+    require(values.size() == 1 && values[0] >= least && values[0] <= most,
+        std::string("field ") + name + " must be one number from " + std::to_string(least) + " to "
+            + std::to_string(most));
+    return values[0];
 }
 
-std::string Kernel::serialize() const
-{
-    Writer w;
-    w.number(kMagic);
-    w.text(name);
-    w.number(target);
-    w.text(ptx);
-    w.text(entry);
-    w.number(grid[0]);
-    w.number(grid[1]);
-    w.number(block);
-    w.number(shared);
-    w.numbers(inputs);
-    w.numbers(extras);
-    w.numbers(outputs);
-    for (auto const& dims : outputDims)
-    {
-        w.numbers(dims);
+std::vector<Type> types(Fields const& fields, char const* name) {
+    char const* const known[] = {"fp32", "fp16", "bf16", "i32", "i1"};
+    std::vector<Type> values;
+    std::istringstream stream(filled(fields, name));
+    for (std::string word; stream >> word;) {
+        auto const found = std::find(std::begin(known), std::end(known), word);
+        require(found != std::end(known),
+            std::string("field ") + name + " holds '" + word
+                + "', expected fp32, fp16, bf16, i32 or i1");
+        values.push_back(static_cast<Type>(found - std::begin(known)));
     }
-    return w.take();
+    require(!values.empty(), std::string("field ") + name + " is empty");
+    return values;
 }
 
-Kernel Kernel::deserialize(void const* data, size_t size)
-{
-    Reader r(data, size);
-    require(r.number<uint32_t>() == kMagic, "the plan was made by another version of this plugin");
-    Kernel kernel;
-    kernel.name = r.text();
-    kernel.target = r.number<int32_t>();
-    kernel.ptx = r.text();
-    kernel.entry = r.text();
-    kernel.grid[0] = r.number<int32_t>();
-    kernel.grid[1] = r.number<int32_t>();
-    kernel.block = r.number<int32_t>();
-    kernel.shared = r.number<int32_t>();
-    kernel.inputs = r.numbers<Type>();
-    kernel.extras = r.numbers<int32_t>();
-    kernel.outputs = r.numbers<Type>();
-    for (size_t i = 0; i < kernel.outputs.size(); ++i)
-    {
-        kernel.outputDims.push_back(r.numbers<int32_t>());
+// The word behind a directive of the PTX that starts a line; empty where there is none.
+std::string directive(std::string const& ptx, std::string const& name) {
+    auto const at = ("\n" + ptx).find("\n" + name + " ");
+    std::string word;
+    if (at != std::string::npos) {
+        std::istringstream(ptx.substr(at + name.size(), 64)) >> word;
     }
-    require(r.atEnd(), "the plan's kernel description has something behind it");
-    kernel.check();
-    return kernel;
+    return word;
+}
+
+void appendSized(std::string& bytes, std::string const& value) {
+    uint64_t const size = value.size();
+    bytes.append(reinterpret_cast<char const*>(&size), sizeof size);
+    bytes += value;
+}
+
+// Takes what appendSized() wrote off the front of the bytes.
+std::string takeSized(char const*& at, size_t& left) {
+    uint64_t size{};
+    require(left >= sizeof size, kCutShort);
+    std::memcpy(&size, at, sizeof size);
+    require(left - sizeof size >= size, kCutShort);
+    std::string value(at + sizeof size, static_cast<size_t>(size));
+    at += sizeof size + value.size();
+    left -= sizeof size + value.size();
+    return value;
+}
+
+} // namespace
+
+Kernel::Kernel(Fields given)
+    : fields(std::move(given))
+    , name(filled(fields, "kernel"))
+    , entry(filled(fields, "entry"))
+    , target(number(fields, "target", 10, 9999))
+    , block(number(fields, "block", 1, 1024))
+    , shared(number(fields, "shared", 0, 1 << 30))
+    , inputs(types(fields, "input_types"))
+    , extras(numbers(fields, "extras"))
+    , outputs(types(fields, "output_types")) {
+    auto const blocks = numbers(fields, "grid");
+    // CUDA's limits: 2^31 - 1 along x, 65535 along y and z.
+    require(blocks.size() == 2 && blocks[0] > 0 && blocks[1] > 0 && blocks[1] <= 65535,
+        "field grid must be two positive numbers, the second at most 65535");
+    std::copy(blocks.begin(), blocks.end(), grid);
+    readPtx();
+    readOutputDims();
+}
+
+void Kernel::readPtx() {
+    std::string const& code = filled(fields, "ptx");
+    ptxVersion = directive(code, ".version");
+    // "sm_80" runs on newer GPUs too; a letter behind the digits ("sm_90a") means: nowhere else.
+    std::string const sm = directive(code, ".target");
+    std::string const expected = "sm_" + std::to_string(target);
+    require(sm.compare(0, expected.size(), expected) == 0
+            && sm.find_first_of("0123456789", expected.size()) == std::string::npos,
+        "field target says " + expected + " and the PTX is for '" + sm + "'");
+    targetOnly = sm.find_first_of("af", expected.size()) != std::string::npos;
+
+    auto const start = code.find(".entry " + entry + "(");
+    auto const end = code.find(')', start);
+    require(start != std::string::npos && end != std::string::npos,
+        "the PTX has no entry " + entry);
+    // The driver reads an argument for each parameter, whether it was passed or not.
+    size_t parameters = 0;
+    for (auto at = code.find(".param", start); at < end; at = code.find(".param", at + 1)) {
+        ++parameters;
+    }
+    size_t const passed = inputs.size() + extras.size() + outputs.size();
+    require(parameters == passed,
+        "entry " + entry + " of the PTX has " + std::to_string(parameters)
+            + " parameters, and the fields name " + std::to_string(passed)
+            + " inputs, extras and outputs");
+}
+
+void Kernel::readOutputDims() {
+    auto const ranks = numbers(fields, "output_ranks");
+    auto const sizes = numbers(fields, "output_dims");
+    require(ranks.size() == outputs.size(), "output_types and output_ranks differ in number");
+    auto at = sizes.begin();
+    for (int32_t rank : ranks) {
+        require(rank >= 0 && rank <= 7, "field output_ranks must have numbers from 0 to 7");
+        require(rank <= sizes.end() - at, "output_dims has fewer numbers than output_ranks says");
+        outputDims.emplace_back(at, at + rank);
+        at += rank;
+    }
+    require(at == sizes.end(), "output_dims has more numbers than output_ranks says");
+    require(std::all_of(sizes.begin(), sizes.end(), [](int32_t size) { return size >= 0; }),
+        "field output_dims has a negative size");
+}
+
+std::string Kernel::serialize() const {
+    std::string bytes;
+    appendSized(bytes, kMagic);
+    for (auto const& [key, value] : fields) {
+        appendSized(bytes, key);
+        appendSized(bytes, value);
+    }
+    return bytes;
+}
+
+Kernel Kernel::deserialize(void const* data, size_t size) {
+    auto const* at = static_cast<char const*>(data);
+    std::string magic;
+    appendSized(magic, kMagic);
+    require(data != nullptr && size >= magic.size()
+            && std::memcmp(data, magic.data(), magic.size()) == 0,
+        "the plan was made by another version of this plugin: build the engine again");
+    at += magic.size();
+    size -= magic.size();
+    Fields fields;
+    while (size > 0) {
+        std::string key = takeSized(at, size);
+        fields[std::move(key)] = takeSized(at, size);
+    }
+    return Kernel(std::move(fields));
 }
 
 } // namespace tokred

@@ -5,41 +5,52 @@
 
 #include <NvInfer.h>
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <map>
+#include <iterator>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 using namespace nvinfer1;
 
-namespace
-{
+namespace {
 
 constexpr char const* kName = "KernelLaunch";
 constexpr char const* kVersion = "1";
 constexpr char const* kNamespace = "tokred";
 
-ILoggerFinder* gLoggerFinder = nullptr;
+std::atomic<ILoggerFinder*> gLoggerFinder{nullptr};
 
-void report(std::string const& what) noexcept
-{
-    ILogger* logger = gLoggerFinder == nullptr ? nullptr : gLoggerFinder->findLogger();
-    std::string const text = std::string("tokred launcher: ") + what;
-    if (logger != nullptr)
-    {
-        logger->log(ILogger::Severity::kERROR, text.c_str());
-    }
-    else
-    {
-        std::fprintf(stderr, "%s\n", text.c_str());
+// Does not allocate: what there is to say may be that memory ran out.
+void report(char const* what) noexcept {
+    char text[2048];
+    std::snprintf(text, sizeof text, "tokred launcher: %s", what);
+    ILoggerFinder* finder = gLoggerFinder;
+    ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
+    if (logger != nullptr) {
+        logger->log(ILogger::Severity::kERROR, text);
+    } else {
+        std::fprintf(stderr, "%s\n", text);
     }
 }
 
-DataType dataType(tokred::Type type)
-{
-    switch (type)
-    {
+// TensorRT's interface is noexcept: what the body throws becomes a message and ``failed``.
+template <typename Result, typename Body>
+Result guarded(Result failed, Body&& body) noexcept {
+    try {
+        return body();
+    } catch (std::exception const& error) {
+        report(error.what());
+        return failed;
+    }
+}
+
+DataType dataType(tokred::Type type) {
+    switch (type) {
     case tokred::Type::fp32: return DataType::kFLOAT;
     case tokred::Type::fp16: return DataType::kHALF;
     case tokred::Type::i32: return DataType::kINT32;
@@ -53,329 +64,216 @@ DataType dataType(tokred::Type type)
 #endif
 }
 
-class KernelLaunch final : public IPluginV2DynamicExt
-{
+// What all clones of a plugin share, since TensorRT makes many and PTX is long.
+struct Described {
+    explicit Described(tokred::Kernel given)
+        : kernel(std::move(given)) {
+        for (auto const* list : {&kernel.inputs, &kernel.outputs}) {
+            std::transform(list->begin(), list->end(), std::back_inserter(types), dataType);
+        }
+    }
+    tokred::Kernel const kernel;
+    std::vector<DataType> types; // inputs, then outputs
+};
+
+class KernelLaunch final : public IPluginV2DynamicExt {
 public:
     explicit KernelLaunch(tokred::Kernel kernel)
-        : mKernel(std::move(kernel))
-        , mSerialized(mKernel.serialize())
-    {
-        for (tokred::Type type : mKernel.inputs)
-        {
-            mTypes.push_back(dataType(type));
-        }
-        for (tokred::Type type : mKernel.outputs)
-        {
-            mTypes.push_back(dataType(type));
-        }
-    }
+        : mDescribed(std::make_shared<Described>(std::move(kernel))) {}
 
     // What the plugin is.
-    char const* getPluginType() const noexcept override
-    {
-        return kName;
+    char const* getPluginType() const noexcept override { return kName; }
+    char const* getPluginVersion() const noexcept override { return kVersion; }
+    void setPluginNamespace(char const*) noexcept override {} // it has one already
+    char const* getPluginNamespace() const noexcept override { return kNamespace; }
+    IPluginV2DynamicExt* clone() const noexcept override {
+        // TensorRT does not initialise the clone that an execution context gets.
+        return guarded<IPluginV2DynamicExt*>(nullptr, [&] { return new KernelLaunch(*this); });
     }
-    char const* getPluginVersion() const noexcept override
-    {
-        return kVersion;
-    }
-    void setPluginNamespace(char const* name) noexcept override
-    {
-        mNamespace = name;
-    }
-    char const* getPluginNamespace() const noexcept override
-    {
-        return mNamespace.c_str();
-    }
-    IPluginV2DynamicExt* clone() const noexcept override
-    {
-        try
-        {
-            auto* copy = new KernelLaunch(mKernel);
-            copy->mNamespace = mNamespace;
-            copy->mLoaded = mLoaded;
-            return copy;
-        }
-        catch (std::exception const& error)
-        {
-            report(error.what());
-            return nullptr;
-        }
-    }
-    void destroy() noexcept override
-    {
-        delete this;
-    }
+    void destroy() noexcept override { delete this; }
 
     // Shapes and types.
-    int32_t getNbOutputs() const noexcept override
-    {
-        return static_cast<int32_t>(mKernel.outputs.size());
+    int32_t getNbOutputs() const noexcept override {
+        return static_cast<int32_t>(kernel().outputs.size());
     }
-    DimsExprs getOutputDimensions(int32_t index, DimsExprs const* inputs, int32_t,
-        IExprBuilder& builder) noexcept override
-    {
-        auto const& sizes = mKernel.outputDims[index];
-        DimsExprs dims{};
-        dims.nbDims = static_cast<int32_t>(sizes.size()) + 1;
-        dims.d[0] = inputs[0].d[0]; // the batch
-        for (size_t i = 0; i < sizes.size(); ++i)
-        {
-            dims.d[i + 1] = builder.constant(sizes[i]);
-        }
-        return dims;
+    DimsExprs getOutputDimensions(int32_t index, DimsExprs const* inputs, int32_t nbInputs,
+        IExprBuilder& builder) noexcept override {
+        return guarded(DimsExprs{}, [&] {
+            checkCounts(nbInputs, getNbOutputs());
+            if (inputs[0].nbDims < 1) {
+                throw std::invalid_argument("the first input of kernel " + kernel().name
+                    + " is a scalar, expected the batch as its first dimension");
+            }
+            auto const& sizes = kernel().outputDims.at(index);
+            DimsExprs dims{};
+            dims.nbDims = static_cast<int32_t>(sizes.size()) + 1;
+            dims.d[0] = inputs[0].d[0];
+            for (size_t i = 0; i < sizes.size(); ++i) {
+                dims.d[i + 1] = builder.constant(sizes[i]);
+            }
+            return dims;
+        });
     }
-    DataType getOutputDataType(int32_t index, DataType const*, int32_t) const noexcept override
-    {
-        return mTypes[mKernel.inputs.size() + index];
+    DataType getOutputDataType(int32_t index, DataType const*, int32_t) const noexcept override {
+        return mDescribed->types[kernel().inputs.size() + index];
     }
     bool supportsFormatCombination(int32_t position, PluginTensorDesc const* tensors,
-        int32_t nbInputs, int32_t nbOutputs) noexcept override
-    {
-        if (static_cast<size_t>(nbInputs) != mKernel.inputs.size()
-            || static_cast<size_t>(nbOutputs) != mKernel.outputs.size())
-        {
-            report("kernel " + mKernel.name + " takes " + std::to_string(mKernel.inputs.size())
-                + " inputs and makes " + std::to_string(mKernel.outputs.size())
-                + " outputs, its node has " + std::to_string(nbInputs) + " and "
-                + std::to_string(nbOutputs));
-            return false;
-        }
-        return tensors[position].format == TensorFormat::kLINEAR
-            && tensors[position].type == mTypes[position];
+        int32_t nbInputs, int32_t nbOutputs) noexcept override {
+        return guarded(false, [&] {
+            checkCounts(nbInputs, nbOutputs);
+            return tensors[position].format == TensorFormat::kLINEAR
+                && tensors[position].type == mDescribed->types.at(position);
+        });
     }
     void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
-        int32_t) noexcept override
-    {
-    }
+        int32_t) noexcept override {}
     size_t getWorkspaceSize(PluginTensorDesc const*, int32_t, PluginTensorDesc const*,
-        int32_t) const noexcept override
-    {
-        return 0;
-    }
+        int32_t) const noexcept override { return 0; }
 
     // Running.
-    int32_t initialize() noexcept override
-    {
-        try
-        {
-            mLoaded = tokred::LoadedKernel::load(mKernel);
+    int32_t initialize() noexcept override {
+        return guarded(1, [&] {
+            mLoaded = tokred::LoadedKernel::load(kernel());
             return 0;
-        }
-        catch (std::exception const& error)
-        {
-            report(error.what());
-            return 1;
-        }
+        });
     }
-    void terminate() noexcept override
-    {
-        mLoaded.reset();
-    }
+    void terminate() noexcept override { mLoaded.reset(); }
     int32_t enqueue(PluginTensorDesc const* inputs, PluginTensorDesc const*,
         void const* const* inputPointers, void* const* outputPointers, void*,
-        cudaStream_t stream) noexcept override
-    {
-        try
-        {
-            if (!mLoaded)
-            {
-                throw std::runtime_error("kernel " + mKernel.name + " was not initialised");
+        cudaStream_t stream) noexcept override {
+        return guarded(1, [&] {
+            if (!mLoaded) {
+                throw std::logic_error("kernel " + kernel().name + " was not initialised");
             }
-            auto const batch = static_cast<int32_t>(inputs[0].dims.d[0]);
-            mLoaded->launch(mKernel, inputPointers, outputPointers, batch, stream);
+            int64_t const batch = inputs[0].dims.d[0];
+            mLoaded->launch(kernel(), inputPointers, outputPointers, batch, stream);
             return 0;
-        }
-        catch (std::exception const& error)
-        {
-            report(error.what());
-            return 1;
-        }
+        });
     }
 
     // Plans.
-    size_t getSerializationSize() const noexcept override
-    {
-        return mSerialized.size();
+    size_t getSerializationSize() const noexcept override {
+        return guarded<size_t>(0, [&] { return kernel().serialize().size(); });
     }
-    void serialize(void* buffer) const noexcept override
-    {
-        std::memcpy(buffer, mSerialized.data(), mSerialized.size());
-    }
-
-private:
-    tokred::Kernel mKernel;
-    std::string mSerialized;
-    std::vector<DataType> mTypes; // inputs, then outputs
-    std::string mNamespace{kNamespace};
-    std::shared_ptr<tokred::LoadedKernel> mLoaded;
-};
-
-// The fields of a node, by name; throws std::invalid_argument where one is missing or mistyped.
-class Fields
-{
-public:
-    explicit Fields(PluginFieldCollection const* fields)
-    {
-        for (int32_t i = 0; i < fields->nbFields; ++i)
-        {
-            mFields[fields->fields[i].name] = &fields->fields[i];
-        }
-    }
-    std::string text(char const* name) const
-    {
-        auto const& field = find(name, PluginFieldType::kCHAR);
-        std::string value(static_cast<char const*>(field.data), field.length);
-        value.erase(std::find(value.begin(), value.end(), '\0'), value.end());
-        return value;
-    }
-    std::vector<int32_t> numbers(char const* name) const
-    {
-        auto const& field = find(name, PluginFieldType::kINT32);
-        auto const* data = static_cast<int32_t const*>(field.data);
-        return data == nullptr ? std::vector<int32_t>{} : std::vector<int32_t>(data, data + field.length);
-    }
-    int32_t number(char const* name) const
-    {
-        auto const values = numbers(name);
-        if (values.size() != 1)
-        {
-            throw std::invalid_argument(std::string("field ") + name + " must be one number");
-        }
-        return values[0];
+    void serialize(void* buffer) const noexcept override {
+        guarded(false, [&] {
+            std::string const bytes = kernel().serialize();
+            std::memcpy(buffer, bytes.data(), bytes.size());
+            return true;
+        });
     }
 
 private:
-    PluginField const& find(char const* name, PluginFieldType type) const
-    {
-        auto const found = mFields.find(name);
-        if (found == mFields.end() || found->second->type != type)
-        {
-            throw std::invalid_argument(std::string("field ") + name
-                + (found == mFields.end() ? " is missing" : " has the wrong type"));
+    KernelLaunch(KernelLaunch const&) = default;
+
+    tokred::Kernel const& kernel() const { return mDescribed->kernel; }
+    void checkCounts(int32_t nbInputs, int32_t nbOutputs) const {
+        size_t const inputs = kernel().inputs.size();
+        size_t const outputs = kernel().outputs.size();
+        if (static_cast<size_t>(nbInputs) != inputs || static_cast<size_t>(nbOutputs) != outputs) {
+            throw std::invalid_argument("kernel " + kernel().name + " takes "
+                + std::to_string(inputs) + " inputs and makes " + std::to_string(outputs)
+                + " outputs, and its node has " + std::to_string(nbInputs) + " and "
+                + std::to_string(nbOutputs));
         }
-        return *found->second;
     }
-    std::map<std::string, PluginField const*> mFields;
+
+    std::shared_ptr<Described const> mDescribed;
+    std::shared_ptr<tokred::LoadedKernel const> mLoaded; // from initialize() to terminate()
 };
 
-tokred::Kernel kernelOf(Fields const& fields)
-{
-    tokred::Kernel kernel;
-    kernel.name = fields.text("kernel");
-    kernel.target = fields.number("target");
-    kernel.ptx = fields.text("ptx");
-    kernel.entry = fields.text("entry");
-    auto const grid = fields.numbers("grid");
-    if (grid.size() != 2)
-    {
-        throw std::invalid_argument("field grid must have two numbers");
-    }
-    kernel.grid[0] = grid[0];
-    kernel.grid[1] = grid[1];
-    kernel.block = fields.number("block");
-    kernel.shared = fields.number("shared");
-    kernel.inputs = tokred::parseTypes(fields.text("input_types"));
-    kernel.extras = tokred::parseNumbers(fields.text("extras"));
-    kernel.outputs = tokred::parseTypes(fields.text("output_types"));
-    auto const dims = fields.numbers("output_dims");
-    size_t at = 0;
-    for (int32_t rank : fields.numbers("output_ranks"))
-    {
-        if (rank < 0 || at + rank > dims.size())
-        {
-            throw std::invalid_argument("output_ranks and output_dims contradict each other");
-        }
-        kernel.outputDims.emplace_back(dims.begin() + at, dims.begin() + at + rank);
-        at += rank;
-    }
-    if (at != dims.size())
-    {
-        throw std::invalid_argument("output_ranks and output_dims contradict each other");
-    }
-    kernel.check();
-    return kernel;
+// TensorRT's parser passes on only the attributes listed here, and converts them to these types.
+std::vector<PluginField> const& fieldList() {
+    constexpr auto kText = PluginFieldType::kCHAR;
+    constexpr auto kNumbers = PluginFieldType::kINT32;
+    // Engines may outlive static objects: never destroyed.
+    static auto const& fields = *new std::vector<PluginField>{{"kernel", nullptr, kText, 1},
+        {"target", nullptr, kNumbers, 1}, {"ptx", nullptr, kText, 1}, {"entry", nullptr, kText, 1},
+        {"grid", nullptr, kNumbers, 2}, {"block", nullptr, kNumbers, 1},
+        {"shared", nullptr, kNumbers, 1}, {"input_types", nullptr, kText, 1},
+        {"extras", nullptr, kText, 1}, {"output_types", nullptr, kText, 1},
+        {"output_ranks", nullptr, kNumbers, 1}, {"output_dims", nullptr, kNumbers, 1}};
+    return fields;
 }
 
-class Creator final : public IPluginCreator
-{
+std::string asText(PluginField const& field) {
+    std::string text;
+    if (field.data == nullptr || field.length <= 0) {
+        return text;
+    }
+    if (field.type == PluginFieldType::kCHAR) {
+        // Some releases count the NUL at the end as a character.
+        text.assign(static_cast<char const*>(field.data), field.length);
+        text.erase(std::find(text.begin(), text.end(), '\0'), text.end());
+        return text;
+    }
+    for (int32_t i = 0; i < field.length; ++i) {
+        text += std::to_string(static_cast<int32_t const*>(field.data)[i]) + " ";
+    }
+    return text;
+}
+
+tokred::Fields fieldsOf(PluginFieldCollection const* given) {
+    tokred::Fields fields;
+    for (int32_t i = 0; given != nullptr && i < given->nbFields; ++i) {
+        PluginField const& field = given->fields[i];
+        for (PluginField const& known : fieldList()) {
+            if (field.name == nullptr || std::strcmp(field.name, known.name) != 0) {
+                continue;
+            }
+            if (field.type != known.type) {
+                throw std::invalid_argument(std::string("field ") + known.name
+                    + " has the wrong type, expected "
+                    + (known.type == PluginFieldType::kCHAR ? "a string" : "32-bit integers"));
+            }
+            fields[known.name] = asText(field);
+        }
+    }
+    return fields;
+}
+
+class Creator final : public IPluginCreator {
 public:
-    Creator()
-    {
-        // The parser passes on only the attributes listed here.
-        char const* const texts[] = {"kernel", "ptx", "entry", "input_types", "output_types", "extras"};
-        char const* const numbers[]
-            = {"target", "grid", "block", "shared", "output_ranks", "output_dims"};
-        for (char const* name : texts)
-        {
-            mFields.emplace_back(name, nullptr, PluginFieldType::kCHAR, 1);
-        }
-        for (char const* name : numbers)
-        {
-            mFields.emplace_back(name, nullptr, PluginFieldType::kINT32, 1);
-        }
-        mCollection.nbFields = static_cast<int32_t>(mFields.size());
-        mCollection.fields = mFields.data();
-    }
-    char const* getPluginName() const noexcept override
-    {
-        return kName;
-    }
-    char const* getPluginVersion() const noexcept override
-    {
-        return kVersion;
-    }
-    PluginFieldCollection const* getFieldNames() noexcept override
-    {
-        return &mCollection;
-    }
-    IPluginV2* createPlugin(char const* name, PluginFieldCollection const* fields) noexcept override
-    {
-        return made(name, [&] { return kernelOf(Fields(fields)); });
+    char const* getPluginName() const noexcept override { return kName; }
+    char const* getPluginVersion() const noexcept override { return kVersion; }
+    PluginFieldCollection const* getFieldNames() noexcept override { return &mCollection; }
+    IPluginV2* createPlugin(
+        char const* name, PluginFieldCollection const* fields) noexcept override {
+        return made(name, [&] { return tokred::Kernel(fieldsOf(fields)); });
     }
     IPluginV2* deserializePlugin(
-        char const* name, void const* data, size_t size) noexcept override
-    {
+        char const* name, void const* data, size_t size) noexcept override {
         return made(name, [&] { return tokred::Kernel::deserialize(data, size); });
     }
     void setPluginNamespace(char const*) noexcept override {} // it has one already
-    char const* getPluginNamespace() const noexcept override
-    {
-        return kNamespace;
-    }
+    char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
 private:
     template <typename Make>
-    static IPluginV2* made(char const* name, Make&& make) noexcept
-    {
-        try
-        {
-            return new KernelLaunch(make());
-        }
-        catch (std::exception const& error)
-        {
-            report(std::string("node ") + name + ": " + error.what());
-            return nullptr;
-        }
+    static IPluginV2* made(char const* name, Make&& make) noexcept {
+        return guarded<IPluginV2*>(nullptr, [&]() -> IPluginV2* {
+            try {
+                return new KernelLaunch(make());
+            } catch (std::invalid_argument const& error) {
+                throw std::invalid_argument(
+                    std::string("node ") + (name == nullptr ? "?" : name) + ": " + error.what());
+            }
+        });
     }
-    std::vector<PluginField> mFields;
-    PluginFieldCollection mCollection{};
+    PluginFieldCollection mCollection{
+        static_cast<int32_t>(fieldList().size()), fieldList().data()};
 };
-
-Creator gCreator;
 
 } // namespace
 
 // What IPluginRegistry::loadLibrary and trtexec --dynamicPlugins look for.
 extern "C" __attribute__((visibility("default"))) IPluginCreator* const* getPluginCreators(
-    int32_t& count)
-{
-    static IPluginCreator* const creators[] = {&gCreator};
+    int32_t& count) {
+    static IPluginCreator* const creators[] = {new Creator}; // TensorRT may ask it to the very end
     count = 1;
     return creators;
 }
 
-extern "C" __attribute__((visibility("default"))) void setLoggerFinder(ILoggerFinder* finder)
-{
+extern "C" __attribute__((visibility("default"))) void setLoggerFinder(ILoggerFinder* finder) {
     gLoggerFinder = finder;
 }
