@@ -75,15 +75,17 @@ def nodes_of(path: Path) -> Iterator[Node]:
 
 def nodes_beside() -> Iterator[Node]:
     """What the files have no node of: the scan that continues from a state, in both ways that a
-    scan is launched, the walk from zero, and importance where the gated norm does not give it."""
+    scan is launched, the walk from zero, importance where the gated norm does not give it, and
+    the split of many tokens."""
     small = Model("small", width=32, heads=4, head_dim=16, states=12)
-    scan, importance = cases(small, 1, 300, "fp16", {"ssd_scan", "token_importance"})
+    ops = {"ssd_scan", "token_importance", "token_split"}
+    scan, importance, split = cases(small, 1, 300, "fp16", ops)
     state = Spec((1, small.heads, small.head_dim, small.states), "fp32")
     from_state = replace(scan, inputs={**scan.inputs, "initial_state": state})
-    launches = [importance.launches(), scan.launches(segments=1)]
+    launches = [importance.launches(), split.launches(search=True), scan.launches(segments=1)]
     launches += [from_state.launches(segments=n) for n in (1, 2)]
     for calls in launches:
-        known = {**from_state.inputs, **importance.inputs}
+        known = {**from_state.inputs, **importance.inputs, **split.inputs}
         known |= {name: spec for call in calls for name, spec in call.outputs.items()}
         for call in calls:
             # The batch is open; so is, for simplicity, the first dimension of d, which has none.
@@ -206,7 +208,7 @@ def of_launcher_node(attributes: dict, batches: list[int]) -> Handed:
     return Handed(
         attributes["entry"], digest(attributes["ptx"]),
         [[*attributes["grid"], b] for b in batches], [attributes["block"], 1, 1],
-        attributes["shared"], list(attributes.get("extras", ())),
+        attributes["shared"], list(map(int, attributes["extras"].split())),
     )
 
 
@@ -245,7 +247,7 @@ def described_by_call(node: Node, batches: list[int], descriptions: Descriptions
 
 
 def continued_facts(target: int, descriptions: Descriptions) -> list[dict]:
-    """Everything about the scans that continue from a state."""
+    """Everything about the nodes that are in no file."""
     facts = []
     for node in nodes_beside():
         quick.register([call_from_json(node.text)], target)

@@ -103,16 +103,18 @@ def test_one_combination_of_dtypes(facts, nodes):
         assert node["combination"] == node["file"]["combination"], node["name"]
         assert node["formats"] == ["LINEAR"]
     first = {name: file["nodes"][0] for name, file in facts["files"].items()}
-    assert first["float16"]["name"] == first["bfloat16"]["name"] == "causal_conv1d"
+    assert first["float16"]["name"] == first["bfloat16"]["name"] == "embed_rms_norm"
     assert "HALF" in first["float16"]["combination"]
     assert "BF16" in first["bfloat16"]["combination"]
 
 
 def test_tactics_are_numbered_from_one(nodes):
-    """TensorRT takes positive numbers; there is a choice for every kernel."""
+    """TensorRT takes positive numbers; there is a choice for nearly every kernel."""
+    alone = {node["kernel"] for node in nodes if len(node["tactics"]) == 1}
     for node in nodes:
         assert node["tactics"] == list(range(1, len(node["expected"]) + 1))
-        assert len(node["tactics"]) > 1, node["name"]
+    # Four heads in one group leave the chunk scan one number of heads a program.
+    assert alone <= {"ssd_chunk_scan"}
 
 
 def test_what_tensorrt_is_handed_is_the_kernel_description(nodes):
