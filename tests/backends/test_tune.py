@@ -1,0 +1,130 @@
+"""Tactics are timed on the device that is there, once, and remembered."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+import numpy as np
+from tokred_plugins.kernels import Spec
+from tokred_plugins.linear import kernel as linear
+from tokred_plugins.retune import candidates
+
+from tokred_export.backends import tune
+
+
+class FakeDevice:
+    """Times are decided by the block of the code that was launched last."""
+
+    fastest = 256  # threads
+    loads = 0
+
+    def __init__(self):
+        self.launched = []
+        self.memory = {}
+        FakeDevice.loads = 0
+
+    def load_kernel(self, ptx, entry, shared):
+        FakeDevice.loads += 1
+        return ptx, entry
+
+    def unload_kernel(self, kernel):
+        FakeDevice.loads -= 1
+
+    def allocate(self, size):
+        address = 4096 * (len(self.memory) + 1)
+        self.memory[address] = size
+        return address
+
+    def free(self, address):
+        del self.memory[address]
+
+    def upload(self, array, address):
+        assert array.nbytes == self.memory[address]
+        assert np.count_nonzero(array) > array.size // 2  # zeros would run too fast
+
+    def launch(self, kernel, grid, block, shared, arguments):
+        self.launched.append((grid, block, arguments))
+
+    def elapsed_ms(self, work):
+        work()
+        grid, block, _ = self.launched[-1]
+        return 1.0 + abs(block - self.fastest) + grid[0] * 1e-6
+
+
+@pytest.fixture
+def device(monkeypatch):
+    made = []
+    monkeypatch.setattr(tune, "Device", lambda: made.append(FakeDevice()) or made[-1])
+    return made
+
+
+def product(length, batch=2, columns=3352):
+    """One launch of a projection."""
+    return linear.calls(Spec((batch, length, 768), "fp16"), Spec((768, columns), "fp16"))[0]
+
+
+def test_the_fastest_candidate_is_taken(device, tmp_path):
+    """Of all tactics that can stand in; its grid is its own; the file says it."""
+    file = tmp_path / "known" / "tactics.json"
+    tuner = tune.Tuner(90, file)
+    best = tuner.best(product(1500))
+    assert best.tactic.num_warps * 32 == FakeDevice.fastest
+    assert best in candidates(product(1500))
+    assert list(json.loads(file.read_text()).values()) == [str(best.tactic)]
+    tried = {block for _, block, _ in device[0].launched}
+    assert len(tried) > 1
+    grid, _, arguments = device[0].launched[0]
+    assert grid[2] == 2 and arguments[2] == np.int32(1500)
+    tuner.close()
+    assert FakeDevice.loads == 0 and not device[0].memory
+
+
+def test_what_is_known_is_not_timed_again(device, tmp_path):
+    """A second process reads the file and needs no GPU; another length is another case."""
+    first = tune.Tuner(90, tmp_path / "t.json")
+    best = first.best(product(700))
+    again = tune.Tuner(90, tmp_path / "t.json")
+    assert again.best(product(700)) == best and len(device) == 1
+    again.best(product(701))
+    assert len(device) == 2
+
+
+def test_lengths_share_code(device):
+    """Loading costs the driver's compiler a second; a length is only a parameter."""
+    tuner = tune.Tuner(90)
+    tuner.best(product(700))
+    loaded = FakeDevice.loads
+    tuner.best(product(900))
+    assert FakeDevice.loads == loaded > 0
+
+
+def test_what_does_not_fit_is_not_tried(device):
+    """sm_86 has 99 KB of shared memory a block, and four stages of 128 x 256 need twice that."""
+    tuner = tune.Tuner(86)
+    best = tuner.best(product(700))
+    deep = next(t for t in linear.LINEAR.tactics if t.num_stages == 4 and t.num_warps == 8)
+    assert str(deep) in {str(call.tactic) for call in candidates(product(700))}
+    tried = {grid[0] for grid, _, _ in device[0].launched}
+    assert best.tactic != deep and len(tried) < len(candidates(product(700)))
+
+
+def test_other_kernels_are_left_alone(device):
+    """Their time may depend on what they read, and random indices would crash them."""
+    from tokred_plugins.token_split.kernel import calls
+
+    (call, *_) = calls(Spec((1, 300), "fp32"), Spec((1,), "i32"), 150, 1)
+    assert tune.Tuner(90).best(call) is call and not device
+
+
+def test_a_tactic_that_is_no_more(device, tmp_path):
+    """What an earlier version wrote is measured anew."""
+    file = tmp_path / "t.json"
+    tune.Tuner(90, file).best(product(700))
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps(dict.fromkeys(known, "BLOCK_M=7")))
+    best = tune.Tuner(90, file).best(product(700))
+    assert str(best.tactic) in json.loads(file.read_text()).values()
