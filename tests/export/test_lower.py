@@ -19,18 +19,15 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from checkpoints import write_mamba_ssm
 from onnx import helper
+from small_exports import Case, compiling_once, export
 from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES
 from tokred_plugins.kernel_faces import FACES, ONNX_NAMES
 from tokred_plugins.kernels import Spec
 
-from tokred_export.checkpoint import build_model, load_checkpoint
 from tokred_export.errors import BuildFailed, EnvironmentUnable
-from tokred_export.export import emit, export_prefill
+from tokred_export.export import emit
 from tokred_export.export.lower import kernel_nodes, lower
-from tokred_export.reduction.schedule import solve_schedule
-from tokred_export.specs import ReductionSpec
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -43,18 +40,6 @@ FORMS = ("quick", "launcher")
 DTYPES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT32": "i32", "BOOL": "i1"}
 
 
-class Case(NamedTuple):
-    """What is exported: two layers, one site after the first."""
-
-    method: str = "utrc"
-    dtype: str = "float32"
-    max_batch: int = 1
-    logits: str = "last"
-    length: int = 41  # no multiple of any chunk
-    tied: bool = True
-    groups: int = 1
-
-
 CASES = {
     "utrc": Case(),
     "utrc-half-untied": Case(dtype="float16", tied=False),
@@ -64,19 +49,6 @@ CASES = {
     "pumer-half-open": Case("pumer", dtype="float16", max_batch=4),
     "pumer": Case("pumer", groups=2),
 }
-
-
-def export(folder, case):
-    """The exported file of a case."""
-    write_mamba_ssm(
-        folder, n_layer=2, tie_embeddings=case.tied, ssm_cfg={"ngroups": case.groups}
-    )
-    checkpoint = load_checkpoint(str(folder))
-    asked = ReductionSpec(method=case.method, keep_ratio=0.75, sites=(0,))
-    schedule = solve_schedule(checkpoint.spec, asked, case.length)
-    model = build_model(checkpoint, schedule, dtype=case.dtype, logits=case.logits)
-    export_prefill(model, case.length, case.max_batch, folder / "graph.onnx")
-    return folder / "graph.onnx"
 
 
 class Lowered(NamedTuple):
@@ -92,21 +64,14 @@ class Lowered(NamedTuple):
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory):
     """Name of a case -> its files, made once; code that cases have in common is compiled once."""
-    made, compiled, compile_call = {}, {}, aot.compile_call
-
-    def compile_new(call, sm):
-        key = aot.compile_key(call), sm
-        if key not in compiled:
-            compiled[key] = compile_call(call, sm)
-        return compiled[key]
+    made = {}
 
     def get(name):
         if name not in made:
             case = CASES[name]
             source = export(tmp_path_factory.mktemp(name), case)
             files = [source.with_name(f"{form}.onnx") for form in FORMS]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(aot, "compile_call", compile_new)
+            with compiling_once():
                 counts = [
                     lower(source, file, form, SM, case.max_batch)
                     for form, file in zip(FORMS, files, strict=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _NAMED = re.compile(r"Tactic Name: (\S+) Tactic: (0x[0-9a-f]+)")
 # a, b and output types, then the type of the sum: "f16f16_f16f16_f16" against "..._f32".
-_HALF_SUM = re.compile(r"f16f16_f16f16_f16(_|$)|(^|_)h\d+gemm|h884|h1688|h16816")
+_HALF_SUM = re.compile(r"f16f16_f16f16_f16(_|$)|(^|_)h\d*gemm|h884|h1688|h16816")
 
 
 def accumulates_in_half(name: str) -> bool:
