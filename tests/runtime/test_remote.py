@@ -119,13 +119,15 @@ def test_a_graph_replays_the_run(connect):
 
 
 def test_a_new_shape_makes_a_new_graph(connect):
-    """A graph knows the addresses and shapes that it was recorded with."""
+    """A graph knows the addresses and shapes that it was recorded with, larger ones or smaller."""
     runner = connect(version="10.9.0.34")
-    check_run(runner)
-    runner.latencies(1)
-    check_run(runner, batch=8)
-    runner.latencies(1)
-    np.testing.assert_array_equal(runner.replayed()["y1"], feeds(8)["x1"])
+    count = 0
+    for batch in (2, 8, 3):
+        assert check_run(runner, batch)["y_count"] == count + 1
+        runner.latencies(1)
+        count = runner.replayed()["y_count"][0]
+        np.testing.assert_array_equal(runner.replayed()["y1"], feeds(batch)["x1"])
+        assert count == 3 * (1 + (2, 8, 3).index(batch))  # each time one to set it up
 
 
 def test_a_profile_does_not_stay(connect):
