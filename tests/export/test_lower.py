@@ -146,10 +146,11 @@ def test_every_op_becomes_its_launches(lowered, name, form):
         v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]
         for v in (*graph.input, *graph.output, *graph.value_info)
     }
-    (batch,) = shapes["prompt_len"]
     for node, (_, call, _, _) in zip(nodes, expected, strict=True):
         for edge, kernels_name in zip(node.output, call.kernel.outputs, strict=True):
-            assert shapes[edge] == [batch, *call.outputs[kernels_name].shape[1:]]
+            batch, *rest = shapes[edge]  # an open one may go by several names
+            assert batch == 1 if found.case.max_batch == 1 else isinstance(batch, str)
+            assert tuple(rest) == call.outputs[kernels_name].shape[1:]
         fields = attributes(node)
         assert fields["plugin_namespace"] == DOMAIN and fields["plugin_version"] == "1"
         if form == "quick":
