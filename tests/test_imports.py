@@ -16,7 +16,7 @@ PYTHON310 = ROOT / ".venv310" / "bin" / "python"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "triton"}
 # What a deployed runtime is installed with, and what it looks for only when asked to run.
 INSTALLED = {"numpy", "msgspec", "tokenizers"}
-LAZY = {"onnxruntime", "tensorrt", "tensorrt_rtx"}
+LAZY = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 
 
 @cache
@@ -118,20 +118,27 @@ def loaded_by(python, modules, cwd=None):
     return set(done.stdout.split())
 
 
-def test_importing_the_runtime_loads_nothing_heavy():
+# The process that builds TensorRT engines lives in TensorRT's Python, which has no more.
+BUILDER = "tokred_export.backends.tensorrt_build"
+ON_310 = sorted(reachable([*RUNTIME, PACKAGE / "backends" / "tensorrt_build.py"]))
+
+
+@pytest.mark.parametrize("modules", [RUNTIME_NAMES, [BUILDER]], ids=["runtime", "builder"])
+def test_importing_loads_nothing_heavy(modules):
     """A fresh interpreter with the whole runtime imported holds no heavy package."""
-    loaded = loaded_by(sys.executable, RUNTIME_NAMES)
+    loaded = loaded_by(sys.executable, modules)
     assert loaded & (HEAVY | LAZY) == set()
     assert "numpy" in loaded
 
 
-@pytest.mark.parametrize("path", RUNTIME, ids=RUNTIME_NAMES)
+@pytest.mark.parametrize("path", ON_310, ids=map(module_name, ON_310))
 def test_runtime_is_python_310_grammar(path):
     """Python 3.10, the runtime's oldest, can parse it."""
     ast.parse(path.read_text(), str(path), feature_version=(3, 10))
 
 
 @pytest.mark.skipif(not PYTHON310.exists(), reason="no .venv310 with Python 3.10 in the project")
-def test_runtime_imports_on_python_310():
-    """Python 3.10 with numpy and msgspec imports the whole runtime."""
-    assert loaded_by(PYTHON310, RUNTIME_NAMES, cwd=ROOT) & HEAVY == set()
+@pytest.mark.parametrize("modules", [RUNTIME_NAMES, [BUILDER]], ids=["runtime", "builder"])
+def test_imports_on_python_310(modules):
+    """Python 3.10 with numpy and msgspec imports the whole runtime, and the builder."""
+    assert loaded_by(PYTHON310, modules, cwd=ROOT) & HEAVY == set()

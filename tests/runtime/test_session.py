@@ -165,7 +165,7 @@ def test_fitting_engine_is_used(tmp_path):
 def test_engine_that_does_not_fit(tmp_path, caplog, change, said):
     """It is named with the command that makes a new one: a warning, or an error if required."""
     edit_engine(with_engine(tmp_path / "out"), **change)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "tokred_export"):
         session = Session.open(tmp_path / "out", threads=1)
     assert said in caplog.text and COMMAND in caplog.text
     assert session.runner("prefill-4").source == tmp_path / "out" / "prefill-4.onnx"
@@ -185,7 +185,7 @@ def test_engine_file_that_the_bundle_does_not_list(tmp_path, name):
 
 def test_bundle_without_engine(bundle, caplog):
     """No engine at all is normal, and only an error when one is required."""
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "tokred_export"):
         Session.open(bundle, threads=1)
     assert caplog.text == ""
     with pytest.raises(BundleError, match="the bundle has none for prefill-4"):

@@ -23,11 +23,12 @@ from tokred_plugins.opset import CUSTOM, PLAIN
 
 from tokred_export.errors import InvalidRequest
 from tokred_export.specs import Site
+from tokred_export.verify import parity
 from tokred_export.verify.judge import FLOAT32, SIXTEEN_BIT, judge_parity
 from tokred_export.verify.margins import EXPLAINED, unexplained
-from tokred_export.verify.parity import measure_case, noise_of
+from tokred_export.verify.parity import _schedule_of, measure_case, noise_of
 from tokred_export.verify.records import ParityRecord
-from tokred_export.verify.replay import in_dtype
+from tokred_export.verify.replay import in_dtype, replay
 
 BATCHES = {"full": [37, 37, 37], "mixed": [37, 33, 5], "short": [0, 1, 26]}
 
@@ -463,6 +464,39 @@ def test_the_schedule_must_be_of_the_prompts_length(model):
     ids, lengths = prompts([37])
     with pytest.raises(InvalidRequest, match=r"36 tokens wide, but .* for 37"):
         measure_case(model, eager_engine(model), "prefill-36", ids[:, 1:], lengths, "cut")
+
+
+def test_the_baseline_may_be_anywhere(model):
+    """Its device is no matter; its precision and its schedule are."""
+    elsewhere = tiny_model().to("meta")
+    assert _schedule_of(elsewhere, 37) == _schedule_of(model, 37) == model.schedule
+    with pytest.raises(InvalidRequest, match=r"torch\.float64, expected float32"):
+        _schedule_of(tiny_model().double(), 37)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_sums_in_16_bit_are_off_for_the_noise_floor_alone(model, monkeypatch, allowed):
+    """A GPU's baseline is timed in the same process later, and must run as it always does."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    before = [getattr(matmul, name) for name in names]
+
+    def watched(copy, *arguments):
+        seen.append((copy.embedding.weight.dtype, [getattr(matmul, name) for name in names]))
+        return replay(copy, *arguments)
+
+    monkeypatch.setattr(parity, "replay", watched)
+    try:
+        for name in names:
+            setattr(matmul, name, allowed)
+        measure(model, eager_engine(model, torch.float16), engine_dtype="float16")
+        assert dict(seen) == {
+            torch.float32: [allowed, allowed], torch.float16: [False, False]
+        }  # fmt: skip
+        assert [getattr(matmul, name) for name in names] == [allowed, allowed]
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
 
 
 def test_a_model_without_a_schedule_is_dense():

@@ -15,6 +15,7 @@ from tokred_export.verify.records import Environment, SpeedRecord
 from tokred_export.verify.speed import (
     Clock,
     Conditions,
+    Milliseconds,
     drift,
     interleave,
     measure_speed,
@@ -65,6 +66,41 @@ class Lab:
         return measure_speed(
             "prefill-64", dense, reduced, baselines, CONDITIONS, clock=self.clock, **options
         )
+
+
+def test_what_was_timed_where_it_ran_counts():
+    """An engine's own process says how long it took; the way there and back is no part of it."""
+    lab = Lab()
+    over_there = iter([90.0, 1.5, 2.5, 3.5])
+
+    def remote() -> Milliseconds:
+        lab.now += round(50e6)
+        return Milliseconds(next(over_there))
+
+    def says_a_number() -> float:  # a result, not a time
+        lab.call("local", 7)()
+        return 1234.5
+
+    timed = {"remote": remote, "local": says_a_number}
+    one, other = interleave(timed, samples=3, warmup=1, max_seconds=10, clock=lab.clock)
+    assert one.samples_ms == (1.5, 2.5, 3.5) and one.median_ms == 2.5
+    assert all(type(ms) is float for ms in one.samples_ms)
+    assert other.samples_ms == (7, 7, 7)
+    assert isinstance(msgspec.json.encode(one), bytes)
+
+
+def test_time_on_the_way_counts_for_the_limit():
+    """The rounds are as long as they are for whoever waits, not as the engine says."""
+    lab = Lab()
+
+    def remote() -> Milliseconds:
+        lab.now += round(1e9)
+        return Milliseconds(1)
+
+    (only,) = interleave(
+        {"remote": remote}, samples=50, warmup=0, max_seconds=5, clock=lab.clock, rest_seconds=0
+    )
+    assert only.samples_ms == (1,) * 5
 
 
 def test_samples_come_in_turns_and_warm_up_is_not_kept():

@@ -75,7 +75,7 @@ def run_job(
     tail = "\n".join(["the log ends with:", *lines[-_TAIL:]])
     try:
         outcome = msgspec.json.decode(Path(job.outcome).read_bytes(), type=Outcome)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, msgspec.DecodeError) as error:  # no answer, or half of one
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         raise BuildFailed(
             f"the {who} build process ended with {how} and built nothing: report the graph "

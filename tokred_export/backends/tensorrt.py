@@ -104,14 +104,15 @@ def require() -> str:
 
 def folder_name() -> str:
     """The folder below ``engines/`` for engines that are built here."""
-    return engine_folder(NAME, f"sm{list_gpus()[0].sm}", require())
+    version = require()
+    return engine_folder(NAME, f"sm{list_gpus()[0].sm}", version)
 
 
 def timing_cache_path() -> Path:
     """Where timings of this TensorRT on this kind of GPU are kept between builds."""
-    gpu = list_gpus()[0]
-    name = "".join(c if c.isalnum() else "-" for c in gpu.name.lower())
-    return default_root() / "timing" / f"tensorrt-{require()}-{name}.cache"
+    version = require()
+    name = "".join(c if c.isalnum() else "-" for c in list_gpus()[0].name.lower())
+    return default_root() / "timing" / f"tensorrt-{version}-{name}.cache"
 
 
 def build(

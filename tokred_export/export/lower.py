@@ -15,7 +15,6 @@ quietly running something slower.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -54,7 +53,8 @@ def lower(
 
     Args:
         source: a file of this tool's export, custom ops as nodes.
-        target: the file to write; weights go beside it as ``<name>.data``.
+        target: the file to write; weights go beside it as ``<name>.data``, or under the name
+            they have beside the source.
         form: see above.
         sm: compute capability times ten that the PTX is for ("launcher"), and that block sizes
             are fitted to.
@@ -94,15 +94,20 @@ def _save(model: ir.Model, source: Path, target: Path) -> None:
     """Write the graph; weights beside the source are linked, not copied, where that is possible.
 
     Large ones are gigabytes, and only TensorRT's own parser reads this file, which takes links.
+    A symbolic one: readers of ONNX files refuse data with more than one hard link, and the source
+    would have two for as long as this file lives.
     """
     data = source.with_name(f"{source.name}.data")
     if not data.is_file():
         ir.save(model, target, external_data=f"{target.name}.data", size_threshold_bytes=1024)
         return
-    try:
-        os.link(data, target.with_name(data.name))
-    except OSError:  # another file system
-        shutil.copyfile(data, target.with_name(data.name))
+    beside = target.with_name(data.name)
+    if not (beside.exists() and beside.samefile(data)):
+        beside.unlink(missing_ok=True)
+        try:
+            beside.symlink_to(data.resolve())
+        except OSError:  # a file system without links
+            shutil.copyfile(data, beside)
     ir.save(model, target)
 
 
@@ -159,8 +164,9 @@ def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, dict[str, bool]] | None
     values = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
     values |= {name: attribute.value for name, attribute in node.attributes.items()}
     tokens = taken.inputs[0]  # the last token of each row, alone
+    axis = taken.attributes["axis"].value if "axis" in taken.attributes else 0
     plain = (values["alpha"], values["beta"], values["transA"]) == (1.0, 1.0, 0)
-    if not plain or len(tokens.shape) != 3 or tokens.shape[1] != 1:
+    if not plain or axis != 1 or len(tokens.shape) != 3 or tokens.shape[1] != 1:
         return None
     return tokens, weight, {"turned": bool(values["transB"]), "flat": True}
 
@@ -226,10 +232,12 @@ def _replace(
 
 
 def _spec(node: ir.Node, value: ir.Value, batch: int) -> Spec:
-    if value.shape is None or value.dtype not in _DTYPES:
+    known = value.shape is not None and all(isinstance(d, int) for d in value.shape[1:])
+    if not known or value.dtype not in _DTYPES:
         raise BuildFailed(
             f"input {value.name} of {node.name} is {value.dtype} of shape {value.shape}, expected "
-            "a known shape of float32, float16, bfloat16, int32 or bool: export the model again"
+            "a shape that is known but for the batch, of float32, float16, bfloat16, int32 or "
+            "bool: export the model again"
         )
     return Spec(
         tuple(d if isinstance(d, int) else batch for d in value.shape), _DTYPES[value.dtype]
@@ -237,8 +245,8 @@ def _spec(node: ir.Node, value: ir.Value, batch: int) -> Spec:
 
 
 def _value(name: str, spec: Spec, node: ir.Node) -> ir.Value:
-    """An output of a launch; its batch is the graph's."""
-    batch = node.outputs[0].shape[0]
+    """An output of a launch; its batch is that of the op's first input."""
+    batch = node.inputs[0].shape[0]
     return ir.Value(
         name=name, shape=ir.Shape([batch, *spec.shape[1:]]), type=ir.TensorType(
             _IR_DTYPES[spec.dtype]

@@ -18,8 +18,8 @@ _REDUCTIONS = {
 # New or changed in 18 in other ways (ONNX changelog).
 _CHANGED = {
     "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CenterCropPad", "Col2Im",
-    "GroupNormalization", "Mish", "OptionalGetElement", "OptionalHasElement", "Pad", "Resize",
-    "ScatterElements", "ScatterND", "Split",
+    "GroupNormalization", "LpPool", "Mish", "OptionalGetElement", "OptionalHasElement", "Pad",
+    "Resize", "ScatterElements", "ScatterND", "Split",
 }
 
 
@@ -48,14 +48,16 @@ def to_opset_17(model: ir.Model) -> ir.Model:
 
 
 def _axes_to_attribute(node: ir.Node) -> None:
-    axes = node.inputs[1] if len(node.inputs) > 1 else None
-    empty = node.attributes.pop("noop_with_empty_axes", None)
-    if axes is None:
-        if empty is not None and empty.value:
-            raise BuildFailed(f"node {node.name} reduces nothing, which opset 17 cannot say")
-        return
-    constant = ir.convenience.get_const_tensor(axes)
-    if constant is None:
-        raise BuildFailed(f"node {node.name} has axes that are not constant, as opset 17 needs")
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    axes: list[int] = []
+    if given is not None:
+        constant = ir.convenience.get_const_tensor(given)
+        if constant is None:
+            raise BuildFailed(f"node {node.name} has axes that are not constant, as opset 17 needs")
+        axes = constant.numpy().ravel().tolist()
+    nothing = node.attributes.pop("noop_with_empty_axes", None)
+    if not axes and nothing is not None and nothing.value:
+        raise BuildFailed(f"node {node.name} reduces nothing, which opset 17 cannot say")
     node.resize_inputs(1)
-    node.attributes["axes"] = ir.AttrInt64s("axes", constant.numpy().ravel().tolist())
+    if axes:  # none at all: all of them
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes)

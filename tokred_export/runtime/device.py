@@ -66,7 +66,9 @@ class Device:
         )
         name = self._call("cuDeviceGetName", 128, self._device)
         total = self._call("cuDeviceTotalMem", self._device)
-        return Gpu(name.partition(b"\0")[0].decode(errors="replace"), 10 * major + minor, total)
+        # All 128 bytes come back, and what follows the first NUL means nothing.
+        text = name.partition(b"\0")[0].decode(errors="replace")
+        return Gpu(text, 10 * major + minor, total)
 
     def used_bytes(self) -> int:
         """Device memory that is taken, by this process and all others."""
@@ -162,9 +164,14 @@ class Device:
         """A driver function's result; its status is checked.
 
         Raises:
-            EnvironmentUnable: the driver refuses; memory is the usual cause.
+            EnvironmentUnable: there is no driver, or it refuses; memory is the usual cause.
         """
-        status, *values = getattr(self.driver, name)(*arguments)
+        try:
+            status, *values = getattr(self.driver, name)(*arguments)
+        except RuntimeError as error:  # cuda-bindings looks for the driver's library only now
+            raise EnvironmentUnable(
+                f"the CUDA driver cannot be called for {name} ({error}): install NVIDIA's driver"
+            ) from error
         if status != self.driver.CUresult.CUDA_SUCCESS:
             raise EnvironmentUnable(
                 f"the CUDA driver refuses {name}: {status.name}; check that a GPU is free and has "

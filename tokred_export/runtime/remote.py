@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -39,14 +41,26 @@ class RemoteRunner:
         shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
         self._folder = Path(tempfile.mkdtemp(prefix="tokred-", dir=shared))
         read, write = os.pipe()
+        self._answers = os.fdopen(read)
         command = [python, "-m", "tokred_export.runtime.serve", str(write), str(plan)]
         command += [str(launcher)] if launcher is not None else []
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, pass_fds=[write], text=True,
-            stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})},
-        )
-        os.close(write)
-        self._answers = os.fdopen(read)
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=[write], text=True,
+                stdout=2,  # whatever it prints goes to standard error
+                env={**os.environ, **(environment or {})},
+            )
+        except OSError as error:
+            self._answers.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise EnvironmentUnable(
+                f"{python} cannot be started ({error.strerror}): name a Python that has TensorRT "
+                "in TOKRED_TENSORRT_PYTHON"
+            ) from error
+        finally:
+            os.close(write)
+        # Nobody need call close: it also happens when this object or this process goes.
+        self._end = weakref.finalize(self, _end, self._process, self._answers, self._folder)
         try:
             hello = self._answer()
         except TokredError:
@@ -77,15 +91,8 @@ class RemoteRunner:
         return self._ask({"do": "memory"})["bytes"]
 
     def close(self) -> None:
-        """End the process and give its memory back."""
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._answers.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """End the process and give its memory back; again changes nothing."""
+        self._end()
 
     def __enter__(self) -> RemoteRunner:
         return self
@@ -107,7 +114,7 @@ class RemoteRunner:
 
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()
-        if not line:
+        if not line.endswith("\n"):  # the process is gone
             raise EnvironmentUnable(self._ended())
         found = json.loads(line)
         if "error" in found:
@@ -120,3 +127,16 @@ class RemoteRunner:
             f"the process that runs {self.source.name} ended with status {code}; what it said "
             "stands above"
         )
+
+
+def _end(process: subprocess.Popen[str], answers: TextIO, folder: Path) -> None:
+    """Let the process read the end of its input, and remove what it was given."""
+    with contextlib.suppress(BrokenPipeError):  # it ended before, with a request unread
+        process.stdin.close()
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    answers.close()
+    shutil.rmtree(folder, ignore_errors=True)

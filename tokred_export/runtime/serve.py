@@ -37,7 +37,7 @@ def answer(runner: TrtRunner, request: dict) -> dict:
     if what == "run":
         return {"names": write_arrays(folder, runner.run(read_arrays(folder, request["names"])))}
     if what == "replayed":
-        return {"names": write_arrays(folder, runner.replay_outputs())}
+        return {"names": write_arrays(folder, runner.replayed())}
     if what == "latencies":
         return {"ms": runner.latencies(request["count"], request["graph"])}
     if what == "profile":

@@ -51,7 +51,7 @@ def installed_version() -> str | None:
     try:
         done = subprocess.run(
             [interpreter(), "-c", _ASK_VERSION], capture_output=True, text=True, check=True,
-            timeout=120,
+            timeout=120, env={**os.environ, **environment()},  # as builds and runs will see it
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -121,7 +121,12 @@ class TrtRunner:
         Args:
             count: repetitions.
             graph: replay a CUDA graph of the run, or enqueue it anew each time.
+
+        Raises:
+            InvalidRequest: nothing was run before.
+            EnvironmentUnable: the GPU cannot.
         """
+        self._require_run()
         if graph and self._graph is None:
             self._enqueue()  # what an engine sets up at its first run must not be captured
             self.device.synchronize()
@@ -139,8 +144,9 @@ class TrtRunner:
             taken.append((time.perf_counter_ns() - begun) / 1e6)
         return taken
 
-    def replay_outputs(self) -> dict[str, np.ndarray]:
+    def replayed(self) -> dict[str, np.ndarray]:
         """What the outputs hold now: to check that a graph gives what a run gives."""
+        self._require_run()
         arrays = {
             n: np.empty(tuple(self.context.get_tensor_shape(n)), self._dtype(n))
             for n in self.output_names
@@ -160,15 +166,23 @@ class TrtRunner:
             def report_layer_time(self, name: str, milliseconds: float) -> None:
                 times[name] = times.get(name, 0.0) + milliseconds / count
 
+        self._require_run()
         self.context.profiler = Profiler()
-        for _ in range(count):
-            self._enqueue()
-            self.device.synchronize()
+        try:
+            for _ in range(count):
+                self._enqueue()
+                self.device.synchronize()
+        finally:
+            self.context.profiler = None  # it slows runs down, and none can be captured with it
         return times
 
     def memory_bytes(self) -> int:
         """Device memory that this engine takes: weights, activations, inputs and outputs."""
         return self._engine_bytes + sum(size for _, size in self._memory.values())
+
+    def _require_run(self) -> None:
+        if not self._memory:
+            raise InvalidRequest(f"{self.source.name} has no inputs yet: run it once before")
 
     def _set_inputs(self, feeds: Mapping[str, np.ndarray]) -> None:
         missing = sorted(set(self.input_names) - set(feeds))
@@ -196,6 +210,7 @@ class TrtRunner:
         address, held = self._memory.get(name, (0, -1))
         if held < size:
             if address:
+                del self._memory[name]
                 self.device.free(address)
             address = self.device.allocate(size)
             self._memory[name] = (address, size)

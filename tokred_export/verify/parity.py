@@ -10,6 +10,7 @@ Nothing is judged here; see :mod:`tokred_export.verify.judge`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -34,6 +35,9 @@ from tokred_export.verify.replay import Replay, SiteView, choices_of, in_dtype, 
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
+_REDUCED_PRECISION = (
+    "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction",
+)
 
 
 def noise_of(engine_dtype: Dtype) -> str:
@@ -128,11 +132,26 @@ def _replay_in_other_dtype(
     model: Mamba2, ids: Tensor, lengths: Tensor, choices: list[Choice], engine_dtype: Dtype
 ) -> Replay:
     """The run that shows how much rounding matters; its weights are gone when this returns."""
-    # float16 products on a GPU accumulate in float32, as in the engine and as the name says.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     other = torch.float64 if engine_dtype == "float32" else getattr(torch, engine_dtype)
-    return replay(in_dtype(model, other), ids, lengths, choices)
+    with _float32_sums():
+        return replay(in_dtype(model, other), ids, lengths, choices)
+
+
+@contextlib.contextmanager
+def _float32_sums() -> Iterator[None]:
+    """16-bit products on a GPU accumulate in float32 within, as in the engine.
+
+    Only within: what is timed later in this process runs as its users run it.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = {name: getattr(matmul, name) for name in _REDUCED_PRECISION}
+    try:
+        for name in before:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, allowed in before.items():
+            setattr(matmul, name, allowed)
 
 
 def _measure_tensor(

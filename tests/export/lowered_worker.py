@@ -1,0 +1,105 @@
+"""Runs kernel-level files without TensorRT: kernels in Triton's interpreter, the rest by onnx.
+
+``test_lower.py`` starts this with TRITON_INTERPRET=1, which counts for a whole process. What runs
+is the file node by node, in its order, by the names on its edges; nothing of ``lower`` is used.
+
+    lowered_worker.py JOBS.json     a list of {"calls", "feeds", "file", "out"}, all paths
+
+The calls of the kernels of ``file`` are read from ``calls``, a "quick" file of the same graph, by
+node name: a "launcher" file carries machine code, which only a GPU runs. Its products have no node
+there; their calls are made anew from the shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
+
+from gpu_cases import require_kernels
+from tokred_plugins.kernels import Call, Spec, launch
+from tokred_plugins.linear import kernel as linear
+from tokred_plugins.registry import call_from_json
+
+
+def run_file(path: str, calls: Mapping[str, Call], feeds: Mapping[str, np.ndarray]) -> dict:
+    """The graph's outputs by name."""
+    model = onnx.load(path)
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer} | dict(feeds)
+    for node in model.graph.node:
+        given = [values[name] for name in node.input]
+        if node.domain == "tokred":
+            call = calls.get(node.name) or product_call(node, *given)
+            made = run_kernel(call, given)
+        else:
+            made = run_standard(node, given, model)
+        values.update(zip(node.output, made, strict=True))
+    return {value.name: values[value.name] for value in model.graph.output}
+
+
+def product_call(node: onnx.NodeProto, x: np.ndarray, weight: np.ndarray) -> Call:
+    """The call of a product, which only a "launcher" file has as a kernel."""
+    fields = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert fields["kernel"].decode().startswith("linear")
+    # No width here is a depth too, so that the shapes tell how the weight is stored.
+    turned = weight.shape[0] != x.shape[2]
+    specs = (Spec(array.shape, "fp32") for array in (x, weight))
+    (call,) = linear.calls(*specs, turned, list(fields["output_ranks"]) == [1])
+    return call
+
+
+def run_kernel(call: Call, given: list[np.ndarray]) -> list[np.ndarray]:
+    """One launch, at the batch of its first input."""
+    shapes = {
+        name: dataclasses.replace(spec, shape=(len(given[0]), *spec.shape[1:]))
+        for name, spec in call.outputs.items()
+    }
+    names = [name for name in call.kernel.inputs if name in call.inputs]
+    tensors = {n: torch.from_numpy(a.copy()) for n, a in zip(names, given, strict=True)}
+    made = launch(dataclasses.replace(call, outputs=shapes), tensors)
+    return [made[name].numpy() for name in call.kernel.outputs]
+
+
+def run_standard(
+    node: onnx.NodeProto, given: list[np.ndarray], model: onnx.ModelProto
+) -> list[np.ndarray]:
+    """One node of a standard op, at the file's opset."""
+    ins = [helper.make_tensor_value_info(
+        name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+    ) for name, array in zip(node.input, given, strict=True)]  # fmt: skip
+    outs = [helper.make_empty_tensor_value_info(name) for name in node.output]
+    alone = helper.make_model(
+        helper.make_graph([node], "node", list({i.name: i for i in ins}.values()), outs),
+        opset_imports=[o for o in model.opset_import if not o.domain],
+    )
+    return ReferenceEvaluator(alone).run(None, dict(zip(node.input, given, strict=True)))
+
+
+def calls_of(path: str) -> dict[str, Call]:
+    """The call of every kernel node of a "quick" file, by the node's name."""
+    return {
+        node.name: call_from_json(attribute.s.decode())
+        for node in onnx.load(path, load_external_data=False).graph.node
+        for attribute in node.attribute if attribute.name == "call"
+    }
+
+
+def main() -> None:
+    require_kernels()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        with np.load(job["feeds"]) as arrays:
+            np.savez(job["out"], **run_file(job["file"], calls_of(job["calls"]), dict(arrays)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,471 @@
+"""The kernel-level file: every op as its launches, wired right, and computing what it did before.
+
+The last is proven by running the lowered files without TensorRT (lowered_worker.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx import helper
+from small_exports import Case, compiling_once, export
+from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES
+from tokred_plugins.kernel_faces import FACES, LINEAR, ONNX_NAMES
+from tokred_plugins.kernels import Spec
+
+from tokred_export.errors import BuildFailed, EnvironmentUnable
+from tokred_export.export import emit
+from tokred_export.export.lower import kernel_nodes, lower
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from tokred_plugins import aot
+from tokred_plugins.registry import call_from_json
+
+WORKER = Path(__file__).with_name("lowered_worker.py")
+SM = 86
+FORMS = ("quick", "launcher")
+DTYPES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT32": "i32", "BOOL": "i1"}
+
+
+CASES = {
+    "utrc": Case(),
+    "utrc-half-untied": Case(dtype="float16", tied=False),
+    "utrc-open-untied": Case(max_batch=3, tied=False),
+    "dense-long": Case("none", length=260, groups=2),
+    "evit-all-open": Case("evit", logits="all", max_batch=2),
+    "pumer-half-open": Case("pumer", dtype="float16", max_batch=4),
+    "pumer": Case("pumer", groups=2),
+}
+
+
+class Lowered(NamedTuple):
+    """A case's exported file and both forms of it."""
+
+    case: Case
+    source: Path
+    quick: Path
+    launcher: Path
+    counts: Counter
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory):
+    """Name of a case -> its files, made once; code that cases have in common is compiled once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            case = CASES[name]
+            source = export(tmp_path_factory.mktemp(name), case)
+            files = [source.with_name(f"{form}.onnx") for form in FORMS]
+            with compiling_once():
+                counts = [
+                    lower(source, file, form, SM, case.max_batch)
+                    for form, file in zip(FORMS, files, strict=True)
+                ]
+            products = counts[1] - counts[0]
+            assert counts[0] + products == counts[1]
+            assert products.keys() <= {"linear", "linear_few"}
+            made[name] = Lowered(case, source, *files, counts[0])
+        return made[name]
+
+    return get
+
+
+def attributes(node):
+    """A node's attributes as Python values."""
+    found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return {n: v.decode() if isinstance(v, bytes) else v for n, v in found.items()}
+
+
+def specs_of(graph, batch):
+    """Every tensor's name -> Spec, read from the file by onnx alone."""
+    specs = {}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_value or batch for d in tensor.shape.dim)
+        kind = DTYPES.get(onnx.TensorProto.DataType.Name(tensor.elem_type))
+        specs[value.name] = Spec(shape, kind)
+    for tensor in graph.initializer:
+        kind = DTYPES.get(onnx.TensorProto.DataType.Name(tensor.data_type))
+        specs[tensor.name] = Spec(tuple(tensor.dims), kind)
+    return specs
+
+
+def expected_launches(graph, batch, form):
+    """(name, call, inputs, outputs) of every launch, from the ops' faces and the edges."""
+    specs, launches = specs_of(graph, batch), []
+    constants = {tensor.name for tensor in graph.initializer}
+    makers = {edge: node for node in graph.node for edge in node.output}
+    # A gated norm over the whole row leaves the importance of its y too.
+    scores = {n.input[0]: n.output[0] for n in graph.node if n.op_type == "TokenImportance"}
+    for node in graph.node:
+        given_attributes, results = attributes(node) | {"target": SM}, node.output
+        if node.domain != DOMAIN:
+            product = expected_product(node, makers, constants)
+            if form == "quick" or product is None:
+                continue
+            face, edges, more = LINEAR, *product
+            given_attributes |= more
+        else:
+            face, edges = FACES[ONNX_NAMES[node.op_type]], node.input
+        names = face.results
+        if node.op_type == "GatedRmsNorm" and edges[0] in scores:
+            if given_attributes["group_size"] == given_attributes["inner"]:
+                given_attributes["scores"] = True
+                names, results = (*names, "scores"), [*results, scores.pop(edges[0])]
+        elif node.op_type == "TokenImportance" and node.input[0] not in scores:
+            continue
+        place = dict(zip(face.inputs, edges, strict=False))
+        given = {name: specs[edge] for name, edge in place.items()}
+        calls = face.calls(given, given_attributes)
+        for index, call in enumerate(calls):
+            place |= {name: f"{node.name}/{index}/{name}" for name in call.outputs}
+            place |= {
+                name: edge for name, edge in zip(names, results, strict=True)
+                if name in call.outputs
+            }
+            inputs = [place[name] for name in call.kernel.inputs if name in call.inputs]
+            outputs = [place[name] for name in call.kernel.outputs]
+            launches.append((f"{node.name}/{index}/{call.kernel.name}", call, inputs, outputs))
+    return launches
+
+
+def expected_product(node, makers, constants):
+    """x and weight of a product with a constant, and how the weight is stored."""
+    if len(node.input) != 2 or node.input[1] not in constants:
+        return None
+    if node.op_type == "MatMul":
+        return node.input, {"turned": False, "flat": False}
+    if node.op_type == "Gemm" and makers[node.input[0]].op_type == "Gather":
+        tokens = makers[node.input[0]].input[0]  # one a row
+        return (tokens, node.input[1]), {"turned": attributes(node)["transB"] == 1, "flat": True}
+    return None
+
+
+# --- nodes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_op_becomes_its_launches(lowered, name, form):
+    """Exactly those that the op's face gives, in the graph's order, on the right edges."""
+    found = lowered(name)
+    source = onnx.load(found.source).graph
+    expected = expected_launches(source, found.case.max_batch, form)
+    graph = onnx.load(getattr(found, form)).graph
+    nodes = [n for n in graph.node if n.domain == DOMAIN]
+    assert [(n.name, list(n.input), list(n.output)) for n in nodes] == [
+        (name, inputs, outputs) for name, _, inputs, outputs in expected
+    ]
+    kernels = Counter(call.kernel.name for _, call, _, _ in expected)
+    own = {kernel: n for kernel, n in kernels.items() if not kernel.startswith("linear")}
+    assert own == found.counts and found.counts["ssd_chunk_scan"] == 2
+    if form == "launcher":  # projections, the last of one token, and the head
+        many = found.case.logits == "all"
+        assert (kernels["linear"], kernels["linear_few"]) == ((5, 0) if many else (3, 2))
+    shapes = {
+        v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output, *graph.value_info)
+    }
+    for node, (_, call, _, _) in zip(nodes, expected, strict=True):
+        for edge, kernels_name in zip(node.output, call.kernel.outputs, strict=True):
+            batch, *rest = shapes[edge]  # an open one may go by several names
+            assert batch == 1 if found.case.max_batch == 1 else isinstance(batch, str)
+            assert tuple(rest) == call.outputs[kernels_name].shape[1:]
+        fields = attributes(node)
+        assert fields["plugin_namespace"] == DOMAIN and fields["plugin_version"] == "1"
+        if form == "quick":
+            absent = [f"_without_{n}" for n in call.kernel.inputs if n not in call.inputs]
+            assert node.op_type == call.kernel.name + "".join(absent)
+            assert call_from_json(fields["call"]) == call
+            assert fields["aot"] == PLUGIN_ATTRIBUTES["aot"]
+        else:
+            check_launcher_fields(node, fields, call)
+
+
+def check_launcher_fields(node, fields, call):
+    """What the C++ plugin reads: this launch, and machine code for it."""
+    assert node.op_type == "KernelLaunch" and fields["kernel"] == call.kernel.name
+    assert fields["target"] == SM and f".target sm_{SM}" in fields["ptx"]
+    assert f".entry {fields['entry']}(" in fields["ptx"]
+    assert tuple(fields["grid"]) == call.grid
+    assert fields["block"] % 32 == 0 and fields["shared"] >= 0
+    given = [call.inputs[n] for n in call.kernel.inputs if n in call.inputs]
+    assert fields["input_types"].split() == given and len(given) == len(node.input)
+    assert [int(n) for n in fields["extras"].split()] == [
+        call.extras[n] for n in call.kernel.extras
+    ]
+    made = [call.outputs[n] for n in call.kernel.outputs]
+    assert fields["output_types"].split() == [spec.dtype for spec in made]
+    dims = iter(fields.get("output_dims", ()))
+    for rank, spec in zip(fields["output_ranks"], made, strict=True):
+        assert tuple(next(dims) for _ in range(rank)) == spec.shape[1:]
+    assert not list(dims)
+
+
+def interface(path):
+    """Inputs and outputs: name, dtype and shape, an open size by its name."""
+    graph = onnx.load(path).graph
+    return [
+        (v.name, v.type.tensor_type.elem_type,
+         [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim])
+        for v in (*graph.input, *graph.output)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CASES)
+def test_interface_and_opset(lowered, name, form):
+    """Inputs and outputs as before, no functions, and nothing but standard ops and launches."""
+    found = lowered(name)
+    path = getattr(found, form)
+    assert interface(path) == interface(found.source)
+    assert all(
+        isinstance(shape[0], str) == (found.case.max_batch > 1) for _, _, shape in interface(path)
+    )
+    model = onnx.load(path)
+    opset = {"quick": 18, "launcher": 17}[form]
+    assert {o.domain: o.version for o in model.opset_import} == {"": opset, DOMAIN: 1}
+    assert not model.functions
+    onnx.checker.check_model(model)  # attributes and inputs of standard ops suit their opset
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert names <= {edge for node in model.graph.node for edge in node.input}
+    if form == "launcher":
+        kinds = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+        assert kinds == {"KernelLaunch"}
+        assert "Gemm" not in {node.op_type for node in model.graph.node}
+    for node in model.graph.node:
+        if node.domain != DOMAIN:
+            assert node.domain == "" and onnx.defs.get_schema(node.op_type, opset)
+    assert [node.name for node, _ in kernel_nodes(ir.load(path))] == [
+        node.name for node in model.graph.node if node.domain == DOMAIN
+    ]
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+# Case, form, prompt lengths.
+RUNS = [
+    ("utrc-open-untied", "quick", (41, 17, 0)),
+    ("utrc-open-untied", "launcher", (36, 41)),
+    ("utrc", "launcher", (33,)),
+    ("dense-long", "launcher", (250,)),
+    ("evit-all-open", "quick", (12, 41)),
+    ("pumer", "launcher", (40,)),
+]
+
+
+@pytest.fixture(scope="module")
+def computed(lowered, tmp_path_factory):
+    """Run -> (what the lowered file computes, what ONNX Runtime makes of the exported one)."""
+    folder, jobs, expected = tmp_path_factory.mktemp("runs"), [], []
+    random = np.random.default_rng(0)
+    for index, (name, form, lengths) in enumerate(RUNS):
+        found = lowered(name)
+        shape = (len(lengths), found.case.length)
+        feeds = {
+            "input_ids": random.integers(0, 61, shape, dtype=np.int32),
+            "prompt_len": np.array(lengths, np.int32),
+        }
+        np.savez(folder / f"feeds-{index}.npz", **feeds)
+        session = onnxruntime.InferenceSession(str(found.source))
+        names = [output.name for output in session.get_outputs()]
+        expected.append(dict(zip(names, session.run(None, feeds), strict=True)))
+        jobs.append({
+            "calls": str(found.quick), "feeds": str(folder / f"feeds-{index}.npz"),
+            "file": str(getattr(found, form)), "out": str(folder / f"{index}.npz"),
+        })  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, WORKER, folder / "jobs.json"], env=environment, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [dict(np.load(job["out"])) for job in jobs]
+    return dict(zip(RUNS, zip(found, expected, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+def test_lowered_graph_computes_the_same(computed, run):
+    """All outputs of the exported file: choices exactly, values to float32."""
+    found, expected = computed[run]
+    assert list(found) == list(expected)
+    sizes = {name: np.linalg.norm(value.astype(np.float64)) for name, value in expected.items()}
+    assert sizes["logits"] > 1 and sizes["present.ssm_state.1"] > 1
+    for name, value in expected.items():
+        assert_same(name, found[name], value)
+
+
+def assert_same(name, found, expected):
+    """Integers exactly, floats to float32."""
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+    if expected.dtype != np.float32:
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+    else:
+        size = max(float(np.linalg.norm(expected)), 1e-6)
+        assert np.linalg.norm(found - expected) / size < 1e-4, name
+
+
+# --- code and weights ----------------------------------------------------------------------------
+
+
+def test_equal_kernels_are_compiled_once(lowered, tmp_path, monkeypatch):
+    """Layers share their kernels' code; nodes of equal code carry the same."""
+    found, asked = lowered("utrc"), []
+    compile_call = aot.compile_call
+    monkeypatch.setattr(
+        aot, "compile_call", lambda call, sm: asked.append(call) or compile_call(call, sm)
+    )
+    lower(found.source, tmp_path / "again.onnx", "launcher", SM)
+    keys = [aot.compile_key(call) for call in asked]
+    assert len(keys) == len(set(keys))
+    quick, launcher = (
+        [attributes(node) for node in onnx.load(path).graph.node if node.domain == DOMAIN]
+        for path in (found.quick, tmp_path / "again.onnx")
+    )
+    launcher = [fields for fields in launcher if not fields["kernel"].startswith("linear")]
+    keys = [key for key in keys if "linear" not in key.split(",")[0]]
+    codes = {}
+    for wanted, fields in zip(quick, launcher, strict=True):
+        key = aot.compile_key(call_from_json(wanted["call"]))
+        codes.setdefault(key, set()).add(fields["ptx"])
+    assert codes.keys() == set(keys) and len(keys) < len(quick)
+    assert {len(texts) for texts in codes.values()} == {1}
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """An exported file with its weights beside it."""
+    monkeypatch.setattr(emit, "EXTERNAL_ABOVE", 1000)
+    (tmp_path / "large").mkdir()
+    return export(tmp_path / "large", Case("none"))
+
+
+def weights(path):
+    """Where every large initializer's value lies: offset and length in the external file."""
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    found = {t.name: {e.key: e.value for e in t.external_data} for t in tensors}
+    return {name: place for name, place in found.items() if place}
+
+
+def assert_weights_kept(path, source):
+    """The weights of ``source`` lie where they lay, in the file of the same name."""
+    kept = weights(source)
+    assert kept.keys() >= {"model.embedding.weight", "model.layers.0.conv_weight"}
+    assert weights(path) == {name: kept[name] for name in weights(path)}
+    assert {name for name in kept if name.startswith("model.")} <= weights(path).keys()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_weights_are_linked(tmp_path, large, form):
+    """Gigabytes are not copied, and the source can be read meanwhile; a second time is fine."""
+    target = tmp_path / "lowered" / "kernels.onnx"
+    target.parent.mkdir()
+    for _ in range(2):
+        lower(large, target, form, SM)
+        data = target.with_name("graph.onnx.data")
+        assert data.is_symlink() and data.samefile(large.with_name("graph.onnx.data"))
+        assert sorted(p.name for p in target.parent.iterdir()) == ["graph.onnx.data", target.name]
+    assert_weights_kept(target, large)
+    onnx.checker.check_model(str(large), full_check=True)
+
+
+def test_large_weights_beside_the_source(large):
+    """A target in the source's own folder leaves the source as it is."""
+    data = large.with_name("graph.onnx.data")
+    before = large.read_bytes(), data.read_bytes()
+    lower(large, large.with_name("kernels.onnx"), "quick", SM)
+    assert_weights_kept(large.with_name("kernels.onnx"), large)
+    assert not data.is_symlink() and (large.read_bytes(), data.read_bytes()) == before
+
+
+def test_large_weights_where_no_link_can_be_made(tmp_path, large, monkeypatch):
+    """Then they are copied, over what an earlier export may have left."""
+
+    def refuse(link, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    target = tmp_path / "lowered" / "kernels.onnx"
+    target.parent.mkdir()
+    target.with_name("graph.onnx.data").write_bytes(b"of an earlier export")
+    lower(large, target, "quick", SM)
+    copy, data = (path.with_name("graph.onnx.data") for path in (target, large))
+    assert not copy.samefile(data) and copy.read_bytes() == data.read_bytes()
+    assert_weights_kept(target, large)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_ops_without_kernels(tmp_path):
+    """A method whose ops have no kernels is refused by name, as a failed build."""
+    source = export(tmp_path, Case("utrc-code"))
+    said = r"tokred::Token\w+ has no GPU kernel.*--method"
+    with pytest.raises(BuildFailed, match=said) as caught:
+        lower(source, tmp_path / "kernels.onnx", "quick", SM)
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "kernels.onnx").exists()
+
+
+def test_unknown_gpu(lowered, tmp_path):
+    """A compute capability that kernels cannot be compiled for is named."""
+    with pytest.raises(BuildFailed, match=r"does not compile.*compute capability 7\.5"):
+        lower(lowered("utrc").source, tmp_path / "kernels.onnx", "launcher", 75)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(aot.DoesNotFit("too much shared memory"), "too much"), (RuntimeError("scratch"), "scratch")],
+)
+def test_kernel_that_does_not_compile(lowered, tmp_path, monkeypatch, error, said):
+    """The kernel is named, with the compiler's reason."""
+
+    def fail(call, sm):
+        raise error
+
+    monkeypatch.setattr(aot, "compile_call", fail)
+    with pytest.raises(BuildFailed, match=rf"embed_rms_norm does not compile: {said}"):
+        lower(lowered("utrc").source, tmp_path / "kernels.onnx", "launcher", SM)
+
+
+def test_without_triton(lowered, tmp_path, monkeypatch):
+    """A machine without Triton is told what to install."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(EnvironmentUnable, match="pip install triton"):
+        lower(lowered("utrc").source, tmp_path / "kernels.onnx", "quick", SM)
+
+
+@pytest.mark.parametrize("harm", ["no shape", "open length", "float64"])
+def test_tensors_that_no_kernel_takes(lowered, tmp_path, harm):
+    """A tensor of unknown shape or of another dtype is named with its node."""
+    model = onnx.load(lowered("utrc").source)
+    node = next(n for n in model.graph.node if n.op_type == "CausalConv1dSilu")
+    value = next(v for v in model.graph.value_info if v.name == node.input[0])
+    tensor = value.type.tensor_type
+    if harm == "no shape":
+        model.graph.value_info.remove(value)
+    elif harm == "open length":
+        tensor.shape.dim[1].dim_param = "length"
+    else:
+        tensor.elem_type = onnx.TensorProto.DOUBLE
+    onnx.save(model, tmp_path / "graph.onnx")
+    said = rf"input {node.input[0]} of {node.name} is .*export the model again"
+    with pytest.raises(BuildFailed, match=said):
+        lower(tmp_path / "graph.onnx", tmp_path / "kernels.onnx", "quick", SM)

@@ -1,0 +1,62 @@
+"""Exported files of two layers for any test that needs a real one, made in two seconds each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from checkpoints import write_mamba_ssm
+
+from tokred_export.checkpoint import build_model, load_checkpoint
+from tokred_export.export import export_prefill
+from tokred_export.reduction.schedule import solve_schedule
+from tokred_export.specs import ReductionSpec
+
+
+class Case(NamedTuple):
+    """What is exported: two layers, one site after the first."""
+
+    method: str = "utrc"
+    dtype: str = "float32"
+    max_batch: int = 1
+    logits: str = "last"
+    length: int = 41  # no multiple of any chunk
+    tied: bool = True
+    groups: int = 1
+
+
+def export(folder: Path, case: Case) -> Path:
+    """The exported file of a case."""
+    write_mamba_ssm(
+        folder, n_layer=2, tie_embeddings=case.tied, ssm_cfg={"ngroups": case.groups}
+    )
+    checkpoint = load_checkpoint(str(folder))
+    asked = ReductionSpec(method=case.method, keep_ratio=0.75, sites=(0,))
+    schedule = solve_schedule(checkpoint.spec, asked, case.length)
+    model = build_model(checkpoint, schedule, dtype=case.dtype, logits=case.logits)
+    export_prefill(model, case.length, case.max_batch, folder / "graph.onnx")
+    return folder / "graph.onnx"
+
+
+_compiled: dict = {}
+
+
+@contextlib.contextmanager
+def compiling_once() -> Iterator[None]:
+    """Within, code that an earlier file of this process had is not compiled again."""
+    from tokred_plugins import aot
+
+    compile_call = aot.compile_call
+
+    def compile_new(call, sm):
+        key = aot.compile_key(call), sm
+        if key not in _compiled:
+            _compiled[key] = compile_call(call, sm)
+        return _compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aot, "compile_call", compile_new)
+        yield
