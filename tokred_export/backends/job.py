@@ -11,7 +11,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -86,6 +86,25 @@ def run_job(
         text = f"{outcome.error}; {tail}" if outcome.show_log else outcome.error
         raise (EnvironmentUnable if unable else BuildFailed)(text)
     return outcome
+
+
+def batch_profile(
+    builder: Any, network: Any, least: int, most: int,  # noqa: ANN401  either TensorRT's
+) -> Any:  # noqa: ANN401
+    """The range of every input with an open batch; the plan is tuned for the largest.
+
+    Args:
+        builder: TensorRT's or TensorRT-RTX's ``Builder``.
+        network: its ``INetworkDefinition``.
+        least, most: batches that the plan takes.
+    """
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        value = network.get_input(index)
+        if -1 in tuple(value.shape):
+            rest = tuple(value.shape)[1:]
+            profile.set_shape(value.name, (least, *rest), (most, *rest), (most, *rest))
+    return profile
 
 
 def answer(job: Job, outcome: Outcome) -> int:

@@ -160,7 +160,7 @@ def _config(
         if not config.set_timing_cache(config.create_timing_cache(known), False):
             raise BuildFailed(f"the timing cache {file} is of another GPU or TensorRT: remove it")
     if asked.batches is not None:
-        config.add_optimization_profile(_profile(builder, network, *asked.batches))
+        config.add_optimization_profile(job.batch_profile(builder, network, *asked.batches))
     if hasattr(trt, "IProgressMonitor"):  # 8.6 has none
         config.progress_monitor = _progress(trt)
     return config
@@ -186,19 +186,6 @@ def _weak_types(
             layer.precision = trt.float32
             for i in range(layer.num_outputs):
                 layer.set_output_type(i, trt.float32)
-
-
-def _profile(
-    builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, least: int, most: int
-) -> tensorrt.IOptimizationProfile:
-    """The range of every input with an open batch; the plan is tuned for the largest."""
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        value = network.get_input(index)
-        if -1 in tuple(value.shape):
-            rest = tuple(value.shape)[1:]
-            profile.set_shape(value.name, (least, *rest), (most, *rest), (most, *rest))
-    return profile
 
 
 def _parse_error(error: tensorrt.ParserError) -> str:

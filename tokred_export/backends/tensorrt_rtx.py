@@ -226,7 +226,7 @@ def _build_here(asked: Job) -> Outcome:
     for index, sm in enumerate(asked.targets):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
     if asked.batches is not None:
-        config.add_optimization_profile(_profile(builder, network, *asked.batches))
+        config.add_optimization_profile(job.batch_profile(builder, network, *asked.batches))
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     outcome = Outcome(
         version=trt.__version__,
@@ -267,19 +267,6 @@ def _batches(graph: onnx.ModelProto, max_batch: int | None) -> tuple[int, int] |
             "give --max-batch"
         )
     return (1, max_batch) if is_open else None
-
-
-def _profile(
-    builder: tensorrt_rtx.Builder, network: tensorrt_rtx.INetworkDefinition, least: int, most: int
-) -> tensorrt_rtx.IOptimizationProfile:
-    """The range of every input with an open batch; the plan is tuned for the largest."""
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        value = network.get_input(index)
-        if -1 in tuple(value.shape):
-            rest = tuple(value.shape)[1:]
-            profile.set_shape(value.name, (least, *rest), (most, *rest), (most, *rest))
-    return profile
 
 
 def _no_engine(what: str) -> Outcome:
