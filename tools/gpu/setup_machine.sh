@@ -7,7 +7,7 @@
 #   CARRIED/site312/             packages for the machine's own Python: msgspec, mamba_ssm,
 #                                causal_conv1d with its extension
 #   CARRIED/trt-include/         TensorRT's headers, for the launcher plugin
-#   PARTS/                       the TensorRT wheel, in pieces
+#   PARTS/                       the TensorRT wheel, in pieces; onnxruntime-gpu's too, if wanted
 # and writes HOME/env.sh, to be sourced before anything else.
 set -euo pipefail
 carried=$(realpath "$1") parts=$2 home=$3
@@ -31,8 +31,13 @@ chmod +x "$home/python3.10"
 cmake -S "$project/plugins/launcher" -B "$home/launcher" -DCMAKE_BUILD_TYPE=Release \
     -DTENSORRT_INCLUDE_DIR="$carried/trt-include" >"$home/cmake.log"
 cmake --build "$home/launcher" >>"$home/cmake.log"
+if ls "$parts"/onnxruntime_gpu-*.part* >/dev/null 2>&1 && [ ! -d "$home/ort" ]; then
+    cat "$parts"/onnxruntime_gpu-*.part* >"$home/ort.whl"
+    python3 -m zipfile -e "$home/ort.whl" "$home/ort"
+    rm "$home/ort.whl"
+fi
 cat >"$home/env.sh" <<END
 export TOKRED_TENSORRT_PYTHON=$home/python3.10 TOKRED_LAUNCHER=$home/launcher/libtokred_launcher.so
-export TOKRED_CACHE=$home/cache PYTHONPATH=$project:$project/plugins:$carried/site312
+export TOKRED_ORT_GPU=$home/ort TOKRED_CACHE=$home/cache PYTHONPATH=$project:$project/plugins:$carried/site312
 END
 echo "set up $home"
