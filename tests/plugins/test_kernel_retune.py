@@ -30,6 +30,10 @@ def layer_tensors() -> dict[str, dict[str, torch.Tensor]]:
             "hidden": make(1, 2, ROWS, WIDTH, dtype=DTYPE), "residual": make(2, 2, ROWS, WIDTH),
             "weight": make(3, WIDTH, dtype=DTYPE),
         },
+        "embed_rms_norm": {
+            "input_ids": torch.arange(2 * ROWS, dtype=torch.int32, device=DEVICE).view(2, -1) % 13,
+            "table": make(16, 13, WIDTH, dtype=DTYPE), "weight": make(3, WIDTH, dtype=DTYPE),
+        },
         "gated_rms_norm": {
             "y": make(4, 2, ROWS, INNER, dtype=DTYPE),
             "zxbcdt": make(0, 2, ROWS, columns, dtype=DTYPE),
@@ -77,6 +81,7 @@ def site_tensors() -> dict[str, dict[str, torch.Tensor]]:
 
 ATTRIBUTES = {
     "add_rms_norm": {"eps": 1e-5},
+    "embed_rms_norm": {"eps": 1e-5, "residual_in_fp32": True},
     "gated_rms_norm": {"group_size": INNER // 2, "eps": 1e-5, "norm_before_gate": False},
     "causal_conv1d": {"offset": INNER},
     "ssd_scan": {"n_groups": 1, "d_state": STATES, "dt_min": 0.0, "dt_max": NO_LIMIT},

@@ -57,7 +57,7 @@ def test_calls_of_a_file(tmp_path):
         variant_name(call): counts[call.kernel.name] for calls in found.values() for call in calls
     }
     assert sorted(texts) == sorted(call_to_json(c) for calls in found.values() for c in calls)
-    assert counts["causal_conv1d"] == counts["ssd_scan"] == 2
+    assert counts["causal_conv1d"] == counts["ssd_chunk_scan"] == 2
 
 
 def test_a_call_from_a_node(tmp_path):
@@ -88,8 +88,8 @@ def test_what_no_kernel_serves(tmp_path, changes, says):
 def test_a_call_that_lacks_an_input_is_another_plugin():
     """A plugin has a fixed number of inputs, so an absent optional one makes another name."""
     scan = next(iter(cases(MODELS["130m"], 1, 2048, "fp16", {"ssd_scan"}))).launches()[-1]
-    assert variant_name(scan) == "ssd_scan_without_initial_state"
-    fewer = {n: d for n, d in scan.inputs.items() if n not in ("added", "decay")}
+    assert variant_name(scan) == "ssd_chunk_scan_without_initial_state"
+    fewer = {n: d for n, d in scan.inputs.items() if n != "starts"}
     text = call_to_json(replace(scan, inputs=fewer))
-    with pytest.raises(ValueError, match="ssd_scan_without_initial_state_without_added"):
+    with pytest.raises(ValueError, match="ssd_chunk_scan_without_initial_state_without_starts"):
         parse_call(text, variant_name(scan), len(fewer))
