@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -190,17 +191,46 @@ def test_a_session_over_an_engine(machine, tmp_path):
 # --- the Python that has TensorRT ----------------------------------------------------------------
 
 
-def test_paths_of_another_python(monkeypatch):
-    """It finds this tool and the plugins, but not what this Python's own path holds."""
+def test_paths_of_this_python(monkeypatch):
+    """Its own path stays, behind this tool and the plugins."""
     monkeypatch.setenv("PYTHONPATH", "/for/this/python")
     monkeypatch.delenv("TOKRED_TENSORRT_PYTHON", raising=False)
     assert tensorrt_python.is_here() and tensorrt_python.interpreter() == sys.executable
-    mine = tensorrt_python.environment()["PYTHONPATH"].split(os.pathsep)
-    monkeypatch.setenv("TOKRED_TENSORRT_PYTHON", "/usr/bin/python3.10")
-    assert not tensorrt_python.is_here()
-    theirs = tensorrt_python.environment()["PYTHONPATH"].split(os.pathsep)
-    assert mine == [*theirs, "/for/this/python"]
-    assert {str(ROOT), str(ROOT / "plugins")} == set(theirs)
+    *roots, last = tensorrt_python.environment()["PYTHONPATH"].split(os.pathsep)
+    assert {str(ROOT), str(ROOT / "plugins")} == set(roots) and last == "/for/this/python"
+
+
+def test_paths_of_another_python(tmp_path):
+    """It finds this tool and the plugins, not what lies beside them in site-packages.
+
+    The folder that says so goes with the process that made it.
+    """
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    (site / "tokred_export").symlink_to(ROOT / "tokred_export")
+    (site / "tokred_plugins").symlink_to(ROOT / "plugins" / "tokred_plugins")
+    (site / "beside.py").write_text("")  # as numpy lies there, for this Python only
+    other = tmp_path / "another-python"
+    other.symlink_to(sys.executable)
+    ask_other = (
+        "import tokred_export, tokred_plugins, importlib.util;"
+        "print(importlib.util.find_spec('beside'))"
+    )
+    asked = (
+        "import beside, os, subprocess; from tokred_export.runtime import tensorrt_python as t;"
+        "given = t.environment(); print(given['PYTHONPATH'], flush=True);"
+        f"subprocess.run([t.interpreter(), '-c', {ask_other!r}], check=True,"
+        " env={**os.environ, **given})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(site), "TOKRED_TENSORRT_PYTHON": str(other)},
+        cwd=tmp_path,
+    )  # fmt: skip
+    folder, beside = done.stdout.splitlines()
+    assert beside == "None"
+    assert not Path(folder).exists()
+    assert (ROOT / "tokred_export" / "__init__.py").is_file()  # a link went, not what it led to
 
 
 def test_version_is_asked_as_builds_will_run(monkeypatch, tmp_path):

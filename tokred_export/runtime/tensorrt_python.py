@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from importlib import util
 from pathlib import Path
@@ -36,13 +37,28 @@ def is_here() -> bool:
 
 def environment() -> dict[str, str]:
     """Variables with which that Python finds this package and the plugins."""
-    roots = {str(Path(__file__).parents[2])}
+    if not is_here():
+        # Of all that this process imports, only these two: what else lies on its path, or beside
+        # them in site-packages, may be compiled for this Python alone.
+        return {"PYTHONPATH": _own_packages_alone().name}
+    roots = sorted({str(place.parent) for place in _own_packages()})
+    known = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([*roots, *([known] if known else [])])}
+
+
+def _own_packages() -> list[Path]:
     plugins = util.find_spec("tokred_plugins")
-    if plugins is not None:
-        roots |= {str(Path(place).parent) for place in plugins.submodule_search_locations}
-    # This process's own path may hold packages for its own Python only.
-    known = os.environ.get("PYTHONPATH") if is_here() else None
-    return {"PYTHONPATH": os.pathsep.join([*sorted(roots), *([known] if known else [])])}
+    places = plugins.submodule_search_locations if plugins is not None else ()
+    return [Path(__file__).parents[1], *map(Path, places)]
+
+
+@cache
+def _own_packages_alone() -> tempfile.TemporaryDirectory[str]:
+    """A folder that holds links to them and nothing else, until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="tokred-path-")
+    for place in _own_packages():
+        (Path(folder.name) / place.name).symlink_to(place.resolve(), target_is_directory=True)
+    return folder
 
 
 @cache
