@@ -157,13 +157,22 @@ def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
     build, folder_name = _builder(line, backend)
     key = stage_key(stage="engine", backend=backend, onnx=onnx_path.parent.parent.name,
                     max_batch=line.spec.max_batch, folder=folder_name,
-                    opt_level=line.spec.opt_level)  # fmt: skip
+                    opt_level=line.spec.opt_level, **_foreign_code(backend))  # fmt: skip
 
     def make(folder: Path) -> None:
         build(onnx_path, folder / folder_name)
 
     with line.stage(f"build {backend} {onnx_path.stem}"):
         return line.cache.get_or_make(key, make) / folder_name
+
+
+def _foreign_code(backend: Backend) -> dict[str, str | None]:
+    """Hashes of what goes into an engine and is neither this package's code nor a library's."""
+    if backend != "tensorrt":
+        return {}
+    from tokred_export.backends import tensorrt
+
+    return {"launcher": tensorrt.launcher_digest()}
 
 
 def _builder(line: Line, backend: Backend) -> tuple[Callable[[Path, Path], object], str]:

@@ -20,7 +20,7 @@ from tokred_export.backends.common import list_gpus, read_engines
 from tokred_export.bundle import Bundle
 from tokred_export.disk import clear_disk_errors, write_atomic
 from tokred_export.environment import environment, usable_cores
-from tokred_export.errors import BundleError, CheckpointError
+from tokred_export.errors import BundleError, CheckpointError, GateFailed
 from tokred_export.model import Mamba2
 from tokred_export.pipeline import Line
 from tokred_export.runtime.ort import OrtRunner, open_session
@@ -191,7 +191,7 @@ def measure_bundle_speed(
                 baselines, timed = _gpu_baselines(line, ids)
                 dense_runner = _open_dense(dense_folder, name)
                 runner = open_runner(bundle, name, backend)
-                calls = [_gpu_call(dense_runner, feeds), _gpu_call(runner, feeds)]
+                calls = [gpu_call(dense_runner, feeds), gpu_call(runner, feeds)]
             else:
                 baselines = eager_baselines(line.checkpoint, torch.from_numpy(ids), threads)
                 timed = describe_timed(steady)
@@ -219,9 +219,22 @@ def _call(runner: Runner, feeds: dict[str, np.ndarray]) -> Timed:
     return lambda: runner.run(feeds)
 
 
-def _gpu_call(runner: TrtRunner | RemoteRunner, feeds: dict[str, np.ndarray]) -> Timed:
-    """Replays of a CUDA graph; inputs are uploaded once, here."""
-    runner.run(feeds)
+def gpu_call(runner: TrtRunner | RemoteRunner, feeds: dict[str, np.ndarray]) -> Timed:
+    """Replays of a CUDA graph; inputs are uploaded once, here.
+
+    Raises:
+        GateFailed: a replay gives other outputs than the run, to the last bit: parity was measured
+            on runs, and would say nothing about what is timed.
+    """
+    expected = runner.run(feeds)
+    runner.latencies(1)
+    found = runner.replayed()
+    other = sorted(n for n, array in expected.items() if array.tobytes() != found[n].tobytes())
+    if other:
+        raise GateFailed(
+            f"a CUDA graph of {runner.source.name} gives another {', '.join(other)} than a run: "
+            "its speed is refused"
+        )
     return lambda: Milliseconds(runner.latencies(BURST)[-1])
 
 

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from small_exports import Case, compiling_once, export
 
+from tokred_export import pipeline
 from tokred_export.backends import tensorrt as backend
 from tokred_export.backends import tune
 from tokred_export.backends.common import Gpu, read_engines
@@ -25,6 +26,7 @@ from tokred_export.disk import hash_file
 from tokred_export.errors import BuildFailed, EnvironmentUnable, InvalidRequest
 from tokred_export.runtime import tensorrt_python
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE
+from tokred_export.specs import BuildSpec, ReductionSpec
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -332,6 +334,32 @@ def test_machine_that_can_build(machine):
     assert backend.folder_name() == "tensorrt-sm90-8.6.0"
     machine(NEWEST, launcher=False)
     assert backend.available().reason.endswith("kernels as quick plugins")
+
+
+def test_engines_in_the_cache_are_of_one_launcher(machine, tmp_path):
+    """A launcher that was built anew makes a new engine; other backends know none."""
+    asked = []
+
+    class Keys:
+        def get_or_make(self, key, make):
+            asked.append(key)
+            return tmp_path
+
+    line = pipeline.Line(BuildSpec(model=None, reduction=ReductionSpec()), None, Keys())
+
+    def keys_of(name):
+        asked.clear()
+        for launcher in ("launcher for 8.6.0", "launcher for 8.6.0", "mended"):
+            backend.launcher_path().write_text(launcher)
+            pipeline.engine(line, name, tmp_path / "key" / "onnx" / "prefill-8.onnx")
+        return asked
+
+    machine(OLD)
+    first, again, mended = keys_of("tensorrt")
+    assert first == again != mended
+    assert len(set(keys_of("onnxruntime"))) == 1
+    machine(NEWEST)
+    assert len(set(keys_of("tensorrt"))) == 1
 
 
 def test_launcher_of_another_release(machine, source, tmp_path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from checkpoints import write_mamba_ssm
 
 from tokred_export import prove
 from tokred_export.checkpoint import load_checkpoint
+from tokred_export.errors import GateFailed
 from tokred_export.verify import cuda_baselines
-from tokred_export.verify.speed import Milliseconds
+from tokred_export.verify.speed import BURST, Milliseconds
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -36,13 +40,21 @@ def test_a_sample_is_the_last_of_a_burst(monkeypatch):
 
 
 class Runner:
-    """Counts what it is asked."""
+    """Counts what it is asked; its graph gives what a run gives, but for ``strayed``."""
 
-    def __init__(self):
+    source = Path("prefill-8.plan")
+
+    def __init__(self, strayed=0.0):
         self.runs, self.asked = [], []
+        self.strayed = np.float32(strayed)
 
     def run(self, feeds):
         self.runs.append(feeds)
+        return {"logits": np.array([1.0, np.nan], np.float32), "tokens": np.array([3])}
+
+    def replayed(self):
+        logits = np.array([1.0, np.nan], np.float32) + self.strayed
+        return {"logits": logits, "tokens": np.array([3])}
 
     def latencies(self, count):
         self.asked.append(count)
@@ -52,10 +64,16 @@ class Runner:
 def test_an_engine_is_fed_once():
     """Inputs are uploaded before anything is timed; a sample is the last replay of a burst."""
     runner = Runner()
-    call = prove._gpu_call(runner, {"input_ids": 1})
-    assert runner.runs == [{"input_ids": 1}] and runner.asked == []
+    call = prove.gpu_call(runner, {"input_ids": 1})
+    assert runner.runs == [{"input_ids": 1}] and runner.asked == [1]
     assert [call(), call()] == [1.5, 1.5] and len(runner.runs) == 1
-    assert isinstance(call(), Milliseconds)
+    assert isinstance(call(), Milliseconds) and runner.asked == [1, BURST, BURST, BURST]
+
+
+def test_a_graph_that_gives_something_else_has_no_speed():
+    """By one unit in the last place of one output: nothing proves what would be timed."""
+    with pytest.raises(GateFailed, match=r"graph of prefill-8\.plan gives another logits than"):
+        prove.gpu_call(Runner(strayed=np.spacing(np.float32(1))), {})
 
 
 @pytest.mark.parametrize(

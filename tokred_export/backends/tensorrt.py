@@ -32,21 +32,16 @@ from tokred_export.backends.graph import compare_shapes, declared_shapes, hash_s
 from tokred_export.backends.job import Outcome, run_job
 from tokred_export.backends.tensorrt_build import Job
 from tokred_export.cache import default_root
-from tokred_export.disk import clear_disk_errors
+from tokred_export.disk import clear_disk_errors, hash_file
 from tokred_export.errors import EnvironmentUnable, InvalidRequest
 from tokred_export.runtime import tensorrt_python as python
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE
+from tokred_export.runtime.trt import release
 
 NAME = "tensorrt"
 QUICK_SINCE = (10, 15)
 OLDEST = (8, 6)
 _MODULE = "tokred_export.backends.tensorrt_build"
-
-
-def release(version: str) -> tuple[int, int]:
-    """Major and minor of a version."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def form_of(version: str) -> str:
@@ -100,6 +95,13 @@ def require() -> str:
     if not found.can_build:
         raise EnvironmentUnable(f"the backend {NAME} cannot build here: {found.reason}")
     return found.version
+
+
+def launcher_digest() -> str | None:
+    """Hex sha256 of the launcher plugin that goes into engines built here, if one does."""
+    if form_of(require()) == "quick":
+        return None
+    return hash_file(launcher_path()).sha256
 
 
 def folder_name() -> str:

@@ -21,7 +21,7 @@ from tokred_export.backends import job
 from tokred_export.backends.job import Outcome, answer, outcome_of
 from tokred_export.disk import clear_disk_errors, write_atomic
 from tokred_export.errors import BuildFailed, EnvironmentUnable, TokredError
-from tokred_export.runtime.trt import load_launcher, load_tensorrt, version_of
+from tokred_export.runtime.trt import load_launcher, load_tensorrt, release
 
 if TYPE_CHECKING:
     import tensorrt
@@ -138,7 +138,7 @@ def _layers(
 
 def _network_flags(trt: ModuleType) -> int:
     flags = trt.NetworkDefinitionCreationFlag
-    if version_of(trt) >= (10, 0):  # types are those of the file; 11 knows nothing else
+    if release(trt.__version__) >= (10, 0):  # types are those of the file; 11 knows nothing else
         return 1 << int(flags.STRONGLY_TYPED)
     return 1 << int(flags.EXPLICIT_BATCH)
 
@@ -150,7 +150,7 @@ def _config(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for the inspector
     if asked.level is not None:
         config.builder_optimization_level = asked.level
-    if version_of(trt) < (10, 0):
+    if release(trt.__version__) < (10, 0):
         # Nothing here needs cuBLAS or cuDNN, which a deployment may not have.
         config.set_tactic_sources(0)
         _weak_types(trt, network, config, asked)

@@ -37,9 +37,9 @@ def load_tensorrt() -> ModuleType:
     return trt
 
 
-def version_of(trt: ModuleType) -> tuple[int, int]:
-    """Major and minor release."""
-    major, minor = trt.__version__.split(".")[:2]
+def release(version: str) -> tuple[int, int]:
+    """Major and minor of a version."""
+    major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 

@@ -28,6 +28,7 @@ Timed = Callable[[], object]
 class Milliseconds(float):
     """What a timed call returns where the time was taken elsewhere, in an engine's own process."""
 
+
 FEWEST_SAMPLES = 3
 # Calls in a row for one sample on a GPU; the last counts, so that none pays for the pause before.
 BURST = 3

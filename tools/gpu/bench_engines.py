@@ -8,7 +8,7 @@ on the engine's own choices, and is in the record: an engine outside its gate ha
 speak of, and the README's table says so. Then eager mamba-ssm, mamba-ssm
 in a CUDA graph and all engines of one batch are timed in turns. A timed sample is the last of
 three calls in a row, each waited for, with inputs and outputs on the GPU; the engines replay a
-CUDA graph too.
+CUDA graph too, whose outputs must be those of a run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from tokred_export import pipeline  # noqa: E402
 from tokred_export.backends import tensorrt  # noqa: E402
 from tokred_export.backends.common import EngineInfo  # noqa: E402
 from tokred_export.pipeline import Line  # noqa: E402
+from tokred_export.prove import gpu_call  # noqa: E402
 from tokred_export.runtime import tensorrt_python as python  # noqa: E402
 from tokred_export.runtime.remote import RemoteRunner  # noqa: E402
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE  # noqa: E402
@@ -44,7 +45,7 @@ from tokred_export.verify.cuda_baselines import mamba_model, timed_calls  # noqa
 from tokred_export.verify.judge import judge_case, tolerance_for  # noqa: E402
 from tokred_export.verify.parity import measure_case  # noqa: E402
 from tokred_export.verify.records import Latency, ParityCase  # noqa: E402
-from tokred_export.verify.speed import Milliseconds, interleave  # noqa: E402
+from tokred_export.verify.speed import interleave  # noqa: E402
 
 
 def say(what: str) -> None:
@@ -125,10 +126,6 @@ class Engine:
             "random ids", "float16",
         )
 
-    def timed(self) -> Milliseconds:
-        """One sample."""
-        return Milliseconds(self.runner.latencies(3)[-1])
-
 
 def parity_summary(case: ParityCase) -> dict:
     """What speed.jsonl keeps of a parity case."""
@@ -171,8 +168,7 @@ def run_batch(options: argparse.Namespace, model: str, batch: int) -> Iterator[d
         say(f"parity {share:g}: {parities[share]}")
     calls, memory, floors = {}, {}, {}
     for engine in engines:
-        engine.runner.run(engine.feeds())
-        calls[f"engine {engine.share:g}"] = engine.timed
+        calls[f"engine {engine.share:g}"] = gpu_call(engine.runner, engine.feeds())
         floors[engine.share] = floor_of(product_shapes(engine))
     if options.baseline and model != "demo":
         memory["mamba_ssm"] = add_baseline(calls, engines[0])
