@@ -1,6 +1,5 @@
 """The Triton kernel: a few tokens a program, one pass; a row stays in registers."""
 
-
 from __future__ import annotations
 
 from collections.abc import Mapping
