@@ -128,3 +128,12 @@ def test_a_tactic_that_is_no_more(device, tmp_path):
     file.write_text(json.dumps(dict.fromkeys(known, "BLOCK_M=7")))
     best = tune.Tuner(90, file).best(product(700))
     assert str(best.tactic) in json.loads(file.read_text()).values()
+
+
+def test_changed_code_is_timed_anew(device, tmp_path, monkeypatch):
+    """The file of an earlier version of the kernel says nothing about this one."""
+    file = tmp_path / "t.json"
+    tune.Tuner(90, file).best(product(700))
+    monkeypatch.setattr(tune.inspect, "getsource", lambda fn: "another kernel")
+    tune.Tuner(90, file).best(product(700))
+    assert len(device) == 2 and len(json.loads(file.read_text())) == 2

@@ -6,6 +6,8 @@ Only kernels whose time does not depend on what their inputs hold are measured, 
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 from pathlib import Path
 
@@ -144,7 +146,11 @@ def _random_bytes(size: int, dtype: str) -> np.ndarray:
 
 
 def _key(call: Call) -> str:
-    """What decides the fastest tactic: kernel, types, constants, lengths, batch."""
+    """What decides the fastest tactic: the kernel's code, types, constants, lengths, batch."""
     shapes = {name: (spec.shape, spec.dtype) for name, spec in call.outputs.items()}
-    parts = (call.kernel.name, dict(call.inputs), dict(call.extras), shapes, dict(call.constants))
+    code = hashlib.sha256(inspect.getsource(call.kernel.fn.fn).encode()).hexdigest()[:12]
+    parts = (
+        call.kernel.name, code, dict(call.inputs), dict(call.extras), shapes,
+        dict(call.constants),
+    )
     return repr(parts)

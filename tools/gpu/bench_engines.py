@@ -174,9 +174,12 @@ def run_batch(options: argparse.Namespace, model: str, batch: int) -> Iterator[d
         memory["mamba_ssm"] = add_baseline(calls, engines[0])
     latencies = {x.name: x for x in interleave(calls, options.samples, 3, options.seconds)}
     for engine in engines:
-        yield record(options, model, engine, latencies, parities[engine.share],
-                     floors[engine.share], memory)
-        profile(options, model, engine)
+        found = record(options, model, engine, latencies, parities[engine.share],
+                       floors[engine.share], memory)
+        kinds = profile(options, model, engine)
+        found["profile_ms"] = sum(kinds.values())
+        found["sites_ms"] = sum(ms for kind, ms in kinds.items() if kind.startswith("token_"))
+        yield found
         engine.runner.close()
 
 
@@ -231,8 +234,11 @@ def record(
     return found
 
 
-def profile(options: argparse.Namespace, model: str, engine: Engine) -> None:
-    """Time by kind of layer, in a file and the largest on the screen."""
+def profile(options: argparse.Namespace, model: str, engine: Engine) -> dict[str, float]:
+    """Milliseconds by kind of layer, in a file and the largest on the screen.
+
+    Layers run one by one here: their sum is more than a run takes.
+    """
     times: dict[str, float] = {}
     for name, ms in engine.runner.profile(5).items():
         kind = name.rpartition("/")[2] if "/" in name else name
@@ -243,6 +249,7 @@ def profile(options: argparse.Namespace, model: str, engine: Engine) -> None:
     known[f"{model} batch {engine.batch} {engine.share:g}"] = dict(kinds)
     file.write_text(json.dumps(known, indent=1))
     say("  " + ", ".join(f"{name[:40]} {ms:.3f}" for name, ms in kinds[:14]))
+    return dict(kinds)
 
 
 def versions() -> dict[str, str]:
