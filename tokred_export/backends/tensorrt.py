@@ -132,7 +132,8 @@ def build(
         out_dir: gets the plan, the launcher plugin where it is needed, and ``engine.json``.
         max_batch: the largest batch of an open one; block sizes and timings are for it.
         level: builder optimisation level, 0 to 5; None for TensorRT's default.
-        timing_cache: file to keep timings in; None for the one of this machine.
+        timing_cache: file to keep timings in, tactics of our products beside it; None for the
+            one of this machine.
 
     Raises:
         InvalidRequest: no such file, or a bfloat16 file for a TensorRT without bfloat16.
@@ -152,14 +153,15 @@ def build(
         with tempfile.TemporaryDirectory(prefix=".build-", dir=out_dir) as name:
             folder = Path(name)
             lowered = folder / "kernels.onnx"
-            expected = _lower(onnx_path, lowered, form, sm, max_batch)
+            timings = timing_cache or timing_cache_path()
+            expected = _lower(onnx_path, lowered, form, sm, max_batch, timings)
             outcome = _run(Job(
                 onnx=str(lowered), plan=str(folder / plan.name),
                 outcome=str(folder / "outcome.json"), form=form, sm=sm,
                 launcher=str(launcher_path()) if form == "launcher" else None,
                 half=half, wide=wide_nodes(lowered) if half else (), expected=dict(expected),
                 batches=(1, max_batch) if _is_open(graph) else None,
-                timing_cache=str(timing_cache or timing_cache_path()), level=level,
+                timing_cache=str(timings), level=level,
                 describe=str(folder / "layers.json"),
             ))
             compare_shapes(
@@ -190,15 +192,20 @@ def build(
     return info
 
 
-def _lower(source: Path, target: Path, form: str, sm: int, batch: int) -> Counter[str]:
-    """Write the kernel-level file; the launcher form's products are tuned on this GPU."""
+def _lower(
+    source: Path, target: Path, form: str, sm: int, batch: int, timings: Path
+) -> Counter[str]:
+    """Write the kernel-level file; the launcher form's products are tuned on this GPU.
+
+    What is found is kept beside TensorRT's own timings.
+    """
     from tokred_export.export.lower import lower
 
     if form == "quick":  # TensorRT tunes these itself
         return lower(source, target, form, sm, batch)
     from tokred_export.backends.tune import Tuner
 
-    tuner = Tuner(sm, timing_cache_path().with_suffix(".tactics.json"))
+    tuner = Tuner(sm, timings.with_suffix(".tactics.json"))
     try:
         return lower(source, target, form, sm, batch, tuner.best)
     finally:
