@@ -19,8 +19,9 @@ public:
 
     // Puts one launch on the stream and does nothing else, so that a stream may be capturing a
     // CUDA graph; any number of threads may do so. Throws std::runtime_error.
+    // ``workspace`` has Kernel::workspace() bytes, aligned to 128; nothing reads it later.
     virtual void launch(Kernel const& kernel, void const* const* inputs, void* const* outputs,
-        int64_t batch, void* stream) const = 0;
+        void* workspace, int64_t batch, void* stream) const = 0;
 };
 
 } // namespace tokred

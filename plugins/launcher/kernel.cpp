@@ -10,7 +10,7 @@
 namespace tokred {
 namespace {
 
-constexpr char kMagic[] = "tokred KernelLaunch 2"; // change the number with the format
+constexpr char kMagic[] = "tokred KernelLaunch 3"; // change the number with the format
 constexpr char kCutShort[] = "the plan's kernel description is cut short";
 
 void require(bool holds, std::string const& what) {
@@ -105,6 +105,7 @@ Kernel::Kernel(Fields given)
     , target(number(fields, "target", 10, 9999))
     , block(number(fields, "block", 1, 1024))
     , shared(number(fields, "shared", 0, 1 << 30))
+    , scratch(number(fields, "scratch", 0, 1 << 20))
     , inputs(types(fields, "input_types"))
     , extras(numbers(fields, "extras"))
     , outputs(types(fields, "output_types")) {
@@ -137,11 +138,17 @@ void Kernel::readPtx() {
     for (auto at = code.find(".param", start); at < end; at = code.find(".param", at + 1)) {
         ++parameters;
     }
-    size_t const passed = inputs.size() + extras.size() + outputs.size();
+    size_t const passed
+        = inputs.size() + extras.size() + outputs.size() + (scratch > 0 ? 1 : 0);
     require(parameters == passed,
         "entry " + entry + " of the PTX has " + std::to_string(parameters)
             + " parameters, and the fields name " + std::to_string(passed)
-            + " inputs, extras and outputs");
+            + " inputs, extras, outputs and scratch memory");
+    overlaps = code.find("griddepcontrol.wait", end) != std::string::npos;
+}
+
+size_t Kernel::workspace(int64_t batch) const {
+    return static_cast<size_t>(scratch) * grid[0] * grid[1] * static_cast<size_t>(batch);
 }
 
 void Kernel::readOutputDims() {

@@ -32,6 +32,9 @@ struct Kernel {
 
     std::string const& ptx() const { return fields.at("ptx"); }
 
+    // Bytes of global memory that a launch needs besides its tensors.
+    size_t workspace(int64_t batch) const;
+
     Fields fields;
     std::string name;            // for messages
     std::string entry;           // of the PTX
@@ -41,9 +44,11 @@ struct Kernel {
     int32_t grid[2]{};           // blocks along x and y; z is the batch
     int32_t block{};             // threads
     int32_t shared{};            // bytes of dynamic shared memory
+    int32_t scratch{};           // bytes of global memory for each block of the grid
+    bool overlaps{};             // the PTX waits for the launch before it: see driver.cpp
     std::vector<Type> inputs;    // parameters of the entry: inputs,
     std::vector<int32_t> extras; // then these numbers,
-    std::vector<Type> outputs;   // then outputs
+    std::vector<Type> outputs;   // then outputs, and last the scratch memory, if any
     std::vector<std::vector<int32_t>> outputDims; // without the batch
 
 private:

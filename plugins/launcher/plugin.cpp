@@ -127,8 +127,10 @@ public:
     }
     void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
         int32_t) noexcept override {}
-    size_t getWorkspaceSize(PluginTensorDesc const*, int32_t, PluginTensorDesc const*,
-        int32_t) const noexcept override { return 0; }
+    size_t getWorkspaceSize(PluginTensorDesc const* inputs, int32_t, PluginTensorDesc const*,
+        int32_t) const noexcept override {
+        return kernel().workspace(inputs[0].dims.d[0]);
+    }
 
     // Running.
     int32_t initialize() noexcept override {
@@ -139,14 +141,14 @@ public:
     }
     void terminate() noexcept override { mLoaded.reset(); }
     int32_t enqueue(PluginTensorDesc const* inputs, PluginTensorDesc const*,
-        void const* const* inputPointers, void* const* outputPointers, void*,
+        void const* const* inputPointers, void* const* outputPointers, void* workspace,
         cudaStream_t stream) noexcept override {
         return guarded(1, [&] {
             if (!mLoaded) {
                 throw std::logic_error("kernel " + kernel().name + " was not initialised");
             }
             int64_t const batch = inputs[0].dims.d[0];
-            mLoaded->launch(kernel(), inputPointers, outputPointers, batch, stream);
+            mLoaded->launch(kernel(), inputPointers, outputPointers, workspace, batch, stream);
             return 0;
         });
     }
@@ -190,7 +192,8 @@ std::vector<PluginField> const& fieldList() {
     static auto const& fields = *new std::vector<PluginField>{{"kernel", nullptr, kText, 1},
         {"target", nullptr, kNumbers, 1}, {"ptx", nullptr, kText, 1}, {"entry", nullptr, kText, 1},
         {"grid", nullptr, kNumbers, 2}, {"block", nullptr, kNumbers, 1},
-        {"shared", nullptr, kNumbers, 1}, {"input_types", nullptr, kText, 1},
+        {"shared", nullptr, kNumbers, 1}, {"scratch", nullptr, kNumbers, 1},
+        {"input_types", nullptr, kText, 1},
         {"extras", nullptr, kText, 1}, {"output_types", nullptr, kText, 1},
         {"output_ranks", nullptr, kNumbers, 1}, {"output_dims", nullptr, kNumbers, 1}};
     return fields;

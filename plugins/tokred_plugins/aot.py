@@ -1,9 +1,10 @@
 """Ahead-of-time compilation: a Call becomes PTX and the facts needed to launch it, with no GPU.
 
 The parameters of the PTX entry are the kernel's inputs, int32 extras and outputs, in that
-order, and nothing else. Triton appends two pointers of its own (global and profile scratch);
-the kernels here need neither, so they are taken out of the entry, since TensorRT passes only
-what it knows. ``strip=False`` leaves them in: then the caller passes two more null pointers.
+order, and nothing else. Triton appends two pointers of its own (global and profile scratch).
+They are taken out of the entry, since TensorRT passes only what it knows; only a kernel that
+builds tensor descriptors keeps the first. ``strip=False`` leaves both in: then the caller passes
+them, null where no scratch memory is needed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from tokred_plugins.kernels import Call, Spec
 # Lowest PTX version that knows the target. A driver refuses newer PTX than its own, and those
 # of JetPack 6 and of the first CUDA 12 releases read 8.2.
 PTX_VERSIONS = {80: 82, 86: 82, 87: 82, 89: 82, 90: 82, 100: 86, 110: 90, 120: 87}
+# Tensor descriptors are made with instructions of PTX 8.3 (CUDA 12.3).
+DESCRIPTORS_SINCE = 83
 # Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
 SHARED_LIMITS = {
     80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448,
@@ -28,7 +31,7 @@ HIDDEN_POINTERS = 2
 
 
 class DoesNotFit(ValueError):
-    """A tactic needs more shared memory than a block of the GPU can have."""
+    """A tactic needs what the GPU has not: more shared memory in a block, or newer units."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class Compiled:
         block: threads in a block, exactly.
         shared: bytes of dynamic shared memory. Above 49152 the launcher must ask the driver
             for it (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).
-        hidden: null pointers to pass after the parameters; 0 where they were stripped.
+        hidden: Triton's own pointers after the parameters; those of them that nothing reads
+            are stripped.
+        scratch: bytes of global memory for each block of the grid, aligned to 128; the first
+            hidden pointer is where they begin, null where there are none.
         parameters: in the entry's order.
         ptx: the code.
     """
@@ -80,6 +86,7 @@ class Compiled:
     hidden: int
     parameters: tuple[Parameter, ...]
     ptx: str
+    scratch: int = 0
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -106,13 +113,18 @@ def compile_call(call: Call, target: int, strip: bool = True) -> Compiled:
 
     Raises:
         ValueError: an unknown target.
-        DoesNotFit: a tactic that needs more shared memory than the target has.
+        DoesNotFit: a tactic that needs more shared memory than the target has, or a newer GPU.
         ImportError: Triton is not installed.
         RuntimeError: Triton made a kernel that cannot be launched by its parameters alone.
     """
     if target not in PTX_VERSIONS:
         known = ", ".join(map(str, PTX_VERSIONS))
         raise ValueError(f"no kernels for compute capability {target / 10}; choose from {known}")
+    if target < call.tactic.since:
+        raise DoesNotFit(
+            f"{call.kernel.name} with {call.tactic} is for compute capability "
+            f"{call.tactic.since / 10} and later, not {target / 10}"
+        )
     ptx, metadata = _to_ptx(call, target)
     limit = SHARED_LIMITS[target]
     if metadata["shared"] > limit:
@@ -120,15 +132,14 @@ def compile_call(call: Call, target: int, strip: bool = True) -> Compiled:
             f"{call.kernel.name} with {call.tactic} needs {metadata['shared']} bytes of shared "
             f"memory, and a block of sm_{target} has at most {limit}; choose a smaller tactic"
         )
-    scratch = {k: metadata.get(k) or 0 for k in ("global_scratch_size", "profile_scratch_size")}
-    if any(scratch.values()):
-        raise RuntimeError(f"{call.kernel.name} needs scratch memory ({scratch}), expected none")
+    if metadata.get("profile_scratch_size") or metadata.get("global_scratch_align", 1) > 128:
+        raise RuntimeError(f"{call.kernel.name} needs scratch memory of a kind that nobody passes")
     parameters = _parameters(call)
     compiled = Compiled(
         name=call.kernel.name, tactic=str(call.tactic), target=target,
         ptx_version=_written_version(ptx), entry=metadata["name"], grid=call.grid,
         block=_block_size(ptx), shared=metadata["shared"], hidden=HIDDEN_POINTERS,
-        parameters=parameters, ptx=ptx,
+        parameters=parameters, ptx=ptx, scratch=metadata.get("global_scratch_size") or 0,
     )
     found = len(_entry_parameters(compiled))
     if found != len(parameters) + HIDDEN_POINTERS:
@@ -154,14 +165,30 @@ def strip_hidden(compiled: Compiled) -> Compiled:
     declared = _entry_parameters(compiled)
     ptx = compiled.ptx
     head, body = ptx[: ptx.index(")")], ptx[ptx.index(")") :]
-    kept = len(declared) - compiled.hidden
+    hidden = 1 if compiled.scratch else 0
+    kept = len(declared) - compiled.hidden + hidden
     for name in declared[kept:]:
         if re.search(rf"\b{re.escape(name)}\b", body):
             raise RuntimeError(f"{compiled.entry} reads {name}, which nobody passes")
     opening = head.rindex("(")
     lines = [line.rstrip(", \n") for line in head[opening + 1 :].split("\n") if line.strip()]
     head = head[: opening + 1] + "\n" + ",\n".join(lines[:kept]) + "\n"
-    return replace(compiled, hidden=0, ptx=head + body)
+    return replace(compiled, hidden=hidden, ptx=head + body)
+
+
+def overlap(compiled: Compiled) -> Compiled:
+    """The same kernel, letting the next launch be prepared while it runs.
+
+    Programmatic dependent launch, compute capability 9.0 on: blocks of a kernel may start when
+    all of the one before have, and wait here until that one has ended and its writes are seen.
+    Every kernel waits, so whatever came earlier has ended too. Where the launch does not ask for
+    it, the two instructions do nothing. Source: PTX ISA, griddepcontrol.
+    """
+    if compiled.target < 90:
+        return compiled
+    opening = compiled.ptx.index("{", compiled.ptx.index(f".entry {compiled.entry}(")) + 1
+    wait = "\n\tgriddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;"
+    return replace(compiled, ptx=compiled.ptx[:opening] + wait + compiled.ptx[opening:])
 
 
 def source_of(call: Call) -> Any:  # noqa: ANN401  Triton is imported late
@@ -195,7 +222,7 @@ def _to_ptx(call: Call, target: int) -> tuple[str, dict]:
     backend = make_backend(gpu)
     options = backend.parse_options({
         "num_warps": call.tactic.num_warps, "num_stages": call.tactic.num_stages,
-        "ptx_version": PTX_VERSIONS[target], "enable_fp_fusion": True,
+        "ptx_version": ptx_version(call, target), "enable_fp_fusion": True,
     })
     context = ir.context()
     ir.load_dialects(context)
@@ -212,6 +239,12 @@ def _to_ptx(call: Call, target: int) -> tuple[str, dict]:
             break
         made = stage(made, metadata)
     return made, metadata
+
+
+def ptx_version(call: Call, target: int) -> int:
+    """What the call is compiled to, times ten."""
+    least = DESCRIPTORS_SINCE if call.tactic.since >= 90 else 0
+    return max(PTX_VERSIONS[target], least)
 
 
 def _parameters(call: Call) -> tuple[Parameter, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from tokred_plugins.kernels import Call, Spec, cdiv
+from tokred_plugins.kernels import Call, Constant, Spec, cdiv
 
 Attribute = int | float | bool
 Grid = tuple[int, int]
@@ -30,7 +30,7 @@ class Tuning:
     """
 
     free: tuple[str, ...]
-    grid: Callable[[Mapping[str, int], Grid], Grid | None] = lambda sizes, grid: grid
+    grid: Callable[[Mapping[str, Constant], Grid], Grid | None] = lambda sizes, grid: grid
 
 
 def row_grid(sizes: Mapping[str, int], now: Grid) -> Grid:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Constant = int | float | bool | str
@@ -38,11 +39,19 @@ class Spec:
 
 @dataclass(frozen=True)
 class Tactic:
-    """One way to run a kernel: block sizes and launch options, with the same result."""
+    """One way to run a kernel: block sizes and launch options, with the same result.
+
+    Attributes:
+        blocks: compile-time constants by name.
+        num_warps: warps of a block.
+        num_stages: depth of software pipelines.
+        since: least compute capability, times ten, that it is for.
+    """
 
     blocks: Mapping[str, int]
     num_warps: int
     num_stages: int = 1
+    since: int = 0
 
     def __str__(self) -> str:
         blocks = " ".join(f"{name}={size}" for name, size in self.blocks.items())
@@ -126,10 +135,23 @@ def launch_into(call: Call, tensors: Mapping[str, Tensor], outputs: Mapping[str,
     extras = [call.extras[name] for name in kernel.extras]
     made = [outputs[name] for name in kernel.outputs]
     constants = {k: v for k, v in call.constexprs.items() if v is not None}
+    if call.tactic.since >= 90:
+        _give_scratch(given[0].device)
     kernel.fn[(*call.grid, given[0].shape[0])](
         *given, *extras, *made, **constants,
         num_warps=call.tactic.num_warps, num_stages=call.tactic.num_stages,
     )
+
+
+def _give_scratch(device: torch.device) -> None:
+    """Let Triton take the scratch memory that tensor descriptors are built in from torch."""
+    import torch
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
 
 
 def run(calls: Sequence[Call], tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -99,7 +99,11 @@ def _compile(call: Call, target: int) -> Compiled | DoesNotFit:
     key = (compile_key(call), target)
     if key not in _compiled:
         try:
-            _compiled[key] = compile_call(call, target)
+            compiled = compile_call(call, target)
+            if compiled.scratch:
+                raise DoesNotFit(f"{call.kernel.name} with {call.tactic} wants scratch memory, "
+                                 "and TensorRT hands quick plugins none")
+            _compiled[key] = compiled
         except DoesNotFit as error:
             _compiled[key] = error
     return _compiled[key]

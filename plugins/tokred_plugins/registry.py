@@ -54,7 +54,10 @@ def call_to_json(call: Call) -> str:
         "extras": dict(call.extras),
         "outputs": {name: [list(spec.shape), spec.dtype] for name, spec in call.outputs.items()},
         "constants": dict(call.constants),
-        "tactic": [dict(call.tactic.blocks), call.tactic.num_warps, call.tactic.num_stages],
+        "tactic": [
+            dict(call.tactic.blocks), call.tactic.num_warps, call.tactic.num_stages,
+            call.tactic.since,
+        ],
         "grid": list(call.grid),
     }
     return json.dumps(fields, separators=(",", ":"))

@@ -19,7 +19,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 from small_exports import Case, compiling_once, export
 from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES
 from tokred_plugins.kernel_faces import FACES, LINEAR, ONNX_NAMES
@@ -130,7 +130,10 @@ def expected_launches(graph, batch, form):
         elif node.op_type == "TokenImportance" and node.input[0] not in scores:
             continue
         place = dict(zip(face.inputs, edges, strict=False))
-        given = {name: specs[edge] for name, edge in place.items()}
+        given = {
+            name: specs[edge] if edge in specs else turned(specs[edge.removesuffix(".turned")])
+            for name, edge in place.items()
+        }
         calls = face.calls(given, given_attributes)
         for index, call in enumerate(calls):
             place |= {name: f"{node.name}/{index}/{name}" for name in call.outputs}
@@ -144,15 +147,23 @@ def expected_launches(graph, batch, form):
     return launches
 
 
+def turned(spec):
+    """The constant stored the other way."""
+    return Spec(spec.shape[::-1], spec.dtype)
+
+
 def expected_product(node, makers, constants):
     """x and weight of a product with a constant, and how the weight is stored."""
     if len(node.input) != 2 or node.input[1] not in constants:
         return None
+    x, weight = node.input
+    turned = {"turned": True, "flat": False}
     if node.op_type == "MatMul":
-        return node.input, {"turned": False, "flat": False}
-    if node.op_type == "Gemm" and makers[node.input[0]].op_type == "Gather":
-        tokens = makers[node.input[0]].input[0]  # one a row
-        return (tokens, node.input[1]), {"turned": attributes(node)["transB"] == 1, "flat": True}
+        return (x, f"{weight}.turned"), turned
+    if node.op_type == "Gemm" and makers[x].op_type == "Gather":
+        kept = attributes(node)["transB"] == 1
+        tokens = makers[x].input[0]  # one a row
+        return (tokens, weight if kept else f"{weight}.turned"), {**turned, "flat": True}
     return None
 
 
@@ -203,7 +214,8 @@ def check_launcher_fields(node, fields, call):
     assert fields["target"] == SM and f".target sm_{SM}" in fields["ptx"]
     assert f".entry {fields['entry']}(" in fields["ptx"]
     assert tuple(fields["grid"]) == call.grid
-    assert fields["block"] % 32 == 0 and fields["shared"] >= 0
+    assert fields["block"] % 32 == 0 and fields["shared"] >= 0 == fields["scratch"]
+    assert ("griddepcontrol.wait" in fields["ptx"]) == (SM >= 90)
     given = [call.inputs[n] for n in call.kernel.inputs if n in call.inputs]
     assert fields["input_types"].split() == given and len(given) == len(node.input)
     assert [int(n) for n in fields["extras"].split()] == [
@@ -372,18 +384,43 @@ def assert_weights_kept(path, source):
     assert {name for name in kept if name.startswith("model.")} <= weights(path).keys()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_large_weights_are_linked(tmp_path, large, form):
+def test_large_weights_are_linked(tmp_path, large):
     """Gigabytes are not copied, and the source can be read meanwhile; a second time is fine."""
     target = tmp_path / "lowered" / "kernels.onnx"
     target.parent.mkdir()
     for _ in range(2):
-        lower(large, target, form, SM)
+        lower(large, target, "quick", SM)
         data = target.with_name("graph.onnx.data")
         assert data.is_symlink() and data.samefile(large.with_name("graph.onnx.data"))
         assert sorted(p.name for p in target.parent.iterdir()) == ["graph.onnx.data", target.name]
     assert_weights_kept(target, large)
     onnx.checker.check_model(str(large), full_check=True)
+
+
+def test_weights_of_products_are_turned(tmp_path, large):
+    """The launcher's products read [N, K]: written anew, others as they were."""
+    target = tmp_path / "lowered" / "kernels.onnx"
+    target.parent.mkdir()
+    for _ in range(2):
+        lower(large, target, "launcher", SM)
+        written = sorted(p.name for p in target.parent.iterdir())
+        assert written == [target.name, f"{target.name}.data"]
+    before, after = (
+        {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+        for path in (large, target)
+    )
+    products = [
+        node.input[1] for node in onnx.load(target, load_external_data=False).graph.node
+        if node.name.endswith(("/linear", "/linear_few"))
+    ]
+    turned = {name for name in products if name.endswith(".turned")}
+    assert len(turned) == len(products) - 1  # the head multiplies with the embedding as it is
+    for name in turned:
+        np.testing.assert_array_equal(after[name], before[name.removesuffix(".turned")].T)
+        assert name.removesuffix(".turned") not in after
+    for name in after.keys() & before.keys():
+        np.testing.assert_array_equal(after[name], before[name])
+    assert len(after.keys() & before.keys()) > 5
 
 
 def test_large_weights_beside_the_source(large):

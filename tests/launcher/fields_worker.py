@@ -13,7 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 
 from kernel_shapes import MODELS, cases
-from tokred_plugins.aot import compile_call
+from tokred_plugins.aot import compile_call, overlap
+from tokred_plugins.kernels import Spec
+from tokred_plugins.linear import kernel as linear
 
 from tokred_export.export.lower import launch_attributes
 
@@ -31,10 +33,18 @@ ASKED = {
 
 
 def main() -> None:
+    asked = {}
     for name, (op, tokens, dtype, target) in ASKED.items():
         case = next(iter(cases(MODELS["130m"], 1, tokens, dtype, {op})))
-        call = case.launches()[-1]
-        compiled = compile_call(call, target)
+        asked[name] = case.launches()[-1], target
+    tactic = next(t for t in linear.LINEAR.tactics if t.blocks["PROGRAMS"])
+    weight = Spec((3352, 768), "fp16")
+    (product,) = linear.calls(
+        Spec((2, 700, 768), "fp16"), weight, turned=True, tactics={"linear": tactic}
+    )
+    asked["linear-90"] = product, 90
+    for name, (call, target) in asked.items():
+        compiled = overlap(compile_call(call, target))
         print(json.dumps({
             "name": name,
             "fields": launch_attributes(compiled, call),

@@ -106,7 +106,13 @@ int32_t enqueue(IPluginV2DynamicExt& plugin, int64_t batch) {
         inputs.push_back(reinterpret_cast<void*>(0xa00000000000 + i));
         outputs.push_back(reinterpret_cast<void*>(0xb00000000000 + i));
     }
-    return plugin.enqueue(tensors.data(), tensors.data(), inputs.data(), outputs.data(), nullptr,
+    size_t const needed
+        = plugin.getWorkspaceSize(tensors.data(), 16, tensors.data(), 16);
+    if (needed > 0) {
+        std::cout << "workspace " << needed << std::endl;
+    }
+    void* const workspace = needed > 0 ? reinterpret_cast<void*>(0xc00000000000) : nullptr;
+    return plugin.enqueue(tensors.data(), tensors.data(), inputs.data(), outputs.data(), workspace,
         reinterpret_cast<cudaStream_t>(7));
 }
 

@@ -32,8 +32,8 @@ def test_foreign_plans(stage, fields, tmp_path):
     assert messages[-4:] == [other, cut, cut, other]
 
 
-KEYS = ("kernel", "target", "ptx", "entry", "grid", "block", "shared", "input_types", "extras",
-        "output_types", "output_ranks", "output_dims")
+KEYS = ("kernel", "target", "ptx", "entry", "grid", "block", "shared", "scratch", "input_types",
+        "extras", "output_types", "output_ranks", "output_dims")
 
 
 def refusals(stage: Stage, fields: dict, changes: list[dict]) -> list[str]:
@@ -66,7 +66,10 @@ def test_missing_and_mistyped_fields(stage, fields):
     ({"extras": "2147483648"}, "field extras holds '2147483648', expected 32-bit integers"),
     ({"extras": "1.5"}, "field extras holds '1.5', expected 32-bit integers"),
     ({"extras": ""}, "entry causal_conv1d_kernel of the PTX has 7 parameters, and the fields name "
-                     "6 inputs, extras and outputs"),
+                     "6 inputs, extras, outputs and scratch memory"),
+    ({"scratch": 384}, "entry causal_conv1d_kernel of the PTX has 7 parameters, and the fields "
+                       "name 8 inputs, extras, outputs and scratch memory"),
+    ({"scratch": -1}, "field scratch must be one number from 0 to 1048576"),
     ({"entry": "causal"}, "the PTX has no entry causal"),
     ({"target": [80, 90]}, "field target must be one number from 10 to 9999"),
     ({"target": 90}, "field target says sm_90 and the PTX is for 'sm_80'"),

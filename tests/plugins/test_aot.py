@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from tokred_plugins.aot import (
+    DESCRIPTORS_SINCE,
     PTX_VERSIONS,
     SHARED_LIMITS,
     Compiled,
     Parameter,
+    overlap,
     strip_hidden,
 )
 
@@ -56,8 +58,22 @@ def entry_types(kernel: Compiled) -> list[str]:
 
 def test_all_kernels_for_all_targets(compiled):
     """Every kernel, every target, one of each pair."""
-    found = [(kernel.name, kernel.target) for kernel, _ in compiled]
+    found = [(kernel.name, kernel.target) for kernel, _ in compiled if not kernel.scratch]
     assert sorted(found) == sorted((k, t) for k in KERNELS for t in PTX_VERSIONS)
+    described = [(kernel.name, kernel.target) for kernel, _ in compiled if kernel.scratch]
+    assert sorted(described) == [("linear", sm) for sm in PTX_VERSIONS if sm >= 90]
+
+
+def test_overlapping_launches(compiled):
+    """The entry waits before anything else, where the GPU can; the assembler takes it."""
+    for kernel, facts in compiled:
+        changed = overlap(kernel)
+        if kernel.target < 90:
+            assert changed is kernel
+            continue
+        lines = changed.ptx[changed.ptx.index(".entry"):].partition("{")[2].split()
+        assert lines[:2] == ["griddepcontrol.wait;", "griddepcontrol.launch_dependents;"]
+        assert facts["ptxas"] == ""
 
 
 def test_parameters_are_inputs_extras_outputs(compiled):
@@ -65,8 +81,9 @@ def test_parameters_are_inputs_extras_outputs(compiled):
     for kernel, facts in compiled:
         assert [p.name for p in kernel.parameters] == facts["expected"], kernel.name
         types = ["u32" if p.role == "extra" else "u64" for p in kernel.parameters]
+        types += ["u64"] * kernel.hidden
         assert entry_types(kernel) == types, (kernel.name, kernel.target)
-        assert kernel.hidden == 0
+        assert kernel.hidden == (1 if kernel.scratch else 0)
         assert all((p.value is None) == (p.role != "extra") for p in kernel.parameters)
 
 
@@ -74,6 +91,8 @@ def test_versions_and_sizes(compiled):
     """PTX version and target are the pinned ones, the block fits the code and the GPU."""
     for kernel, facts in compiled:
         version = PTX_VERSIONS[kernel.target]
+        if kernel.scratch:  # descriptors are made with newer instructions
+            version = max(version, DESCRIPTORS_SINCE)
         assert kernel.ptx_version == version
         assert f".version {version // 10}.{version % 10}\n" in kernel.ptx
         assert re.search(rf"^\.target sm_{kernel.target}a?\b", kernel.ptx, re.MULTILINE)

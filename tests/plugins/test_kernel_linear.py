@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_cases import DTYPES, ON_GPU, TOLERANCE, close, make, require_kernels
 
 require_kernels()
 
-from tokred_plugins.kernels import run, spec_of  # noqa: E402
+from tokred_plugins.kernels import Spec, run, spec_of  # noqa: E402
 from tokred_plugins.linear import kernel as linear  # noqa: E402
+from tokred_plugins.retune import candidates  # noqa: E402
 
 # Small tiles, which the interpreter can do; a GPU tries all that fit it.
-MANY = linear.LINEAR.tactics if ON_GPU else linear.LINEAR.tactics[-3:]
+POINTERS = [t for t in linear.LINEAR.tactics if not t.blocks["PROGRAMS"]]
+DESCRIPTORS = [t for t in linear.LINEAR.tactics if t.blocks["PROGRAMS"]]
+MANY = POINTERS if ON_GPU else POINTERS[-3:]
 FEW = linear.LINEAR_FEW.tactics if ON_GPU else linear.LINEAR_FEW.tactics[-2:]
 
 
@@ -37,8 +42,34 @@ def check(shape, inner, columns, turned, tactic, dtype, flat=False):
 def test_many_rows(length, inner, columns, turned, dtype):
     """Lengths, depths and widths that are whole tiles and that are not; two sequences."""
     for tactic in MANY:
-        if dtype != torch.float32 or tactic.blocks["BLOCK_M"] < 128:
+        if dtype != torch.float32 or max(tactic.blocks.values()) <= 64:  # shared memory
             check((2, length), inner, columns, turned, tactic, dtype)
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float32])
+@pytest.mark.parametrize("turned", [False, True], ids=["K x N", "N x K"])
+@pytest.mark.parametrize(
+    ("batch", "length", "inner", "columns"), [(2, 150, 72, 136), (3, 33, 64, 8), (1, 300, 200, 64)]
+)
+def test_descriptors(batch, length, inner, columns, turned, dtype):
+    """Sequences are one matrix there; programs that stay do several tiles, or none."""
+    for tactic in DESCRIPTORS if ON_GPU else DESCRIPTORS[-1:]:
+        blocks = {**tactic.blocks, "PROGRAMS": 3}
+        for picked in (replace(tactic, blocks=blocks), tactic)[: 2 if ON_GPU else 1]:
+            check((batch, length), inner, columns, turned, picked, dtype)
+
+
+def test_what_descriptors_cannot_hold():
+    """Rows that are no multiple of 16 bytes, and float32."""
+    picked = {"linear": DESCRIPTORS[0]}
+    for x, weight in (((1, 40, 70), "fp16"), ((1, 40, 64), "fp32")):
+        with pytest.raises(ValueError, match="fit no descriptor"):
+            linear.calls(Spec(x, weight), Spec((x[-1], 64), weight), tactics=picked)
+    (call,) = linear.calls(Spec((1, 40, 64), "fp16"), Spec((64, 92), "fp16"))
+    assert all(not c.tactic.blocks["PROGRAMS"] for c in candidates(call))
+    (call,) = linear.calls(Spec((1, 40, 64), "fp16"), Spec((64, 96), "fp16"))
+    staying = [c for c in candidates(call) if c.tactic.blocks["PROGRAMS"]]
+    assert [c.grid for c in staying] == [(t.blocks["PROGRAMS"], 1) for t in DESCRIPTORS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,7 +106,5 @@ def test_sums_are_float32():
 )
 def test_shapes_that_do_not_fit(x, weight, options):
     """Depths that differ, and a flat result of several tokens."""
-    from tokred_plugins.kernels import Spec
-
     with pytest.raises(ValueError, match="cannot be multiplied"):
         linear.calls(Spec(x, "fp16"), Spec(weight, "fp16"), **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -79,11 +80,12 @@ class Tuner:
             return None
         compiled, function = found
         arguments, batch = self._arguments(compiled, call)
+        grid = (*call.grid, batch)
+        if compiled.hidden:
+            arguments.append(self._room("scratch", compiled.scratch * math.prod(grid)))
 
         def launch() -> None:
-            device.launch(
-                function, (*call.grid, batch), compiled.block, compiled.shared, arguments
-            )
+            device.launch(function, grid, compiled.block, compiled.shared, arguments)
 
         for _ in range(_WARM):
             launch()
@@ -124,13 +126,20 @@ class Tuner:
 
     def _buffer(self, name: str, spec: Spec) -> int:
         """The address of a tensor of random numbers, at least as large as asked for."""
-        size = BYTES[spec.dtype] * int(np.prod(spec.shape))
+        size = BYTES[spec.dtype] * math.prod(spec.shape)
+        held = self._buffers.get(name)
+        address = self._room(name, size)
+        if self._buffers[name] != held:
+            self._device.upload(_random_bytes(size, spec.dtype), address)
+        return address
+
+    def _room(self, name: str, size: int) -> int:
+        """The address of at least so many bytes."""
         address, held = self._buffers.get(name, (0, -1))
         if held < size:
             if address:
                 self._device.free(address)
             address = self._device.allocate(size)
-            self._device.upload(_random_bytes(size, spec.dtype), address)
             self._buffers[name] = (address, size)
         return address
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES, VERSION
@@ -53,8 +54,8 @@ def lower(
 
     Args:
         source: a file of this tool's export, custom ops as nodes.
-        target: the file to write; weights go beside it as ``<name>.data``, or under the name
-            they have beside the source.
+        target: the file to write. Weights go beside it as ``<name>.data``; for "quick" they are
+            linked under the name they have beside the source, if they lie there.
         form: see above.
         sm: compute capability times ten that the PTX is for ("launcher"), and that block sizes
             are fitted to.
@@ -86,29 +87,29 @@ def lower(
             counts.update(call.kernel.name for call in calls)
         to_opset_17(model)
     passes.RemoveUnusedNodesPass()(model)
-    _save(model, source, target)
+    data = source.with_name(f"{source.name}.data")
+    if form == "quick" and data.is_file():
+        _link(data, target.with_name(data.name))
+        ir.save(model, target)
+    else:
+        name = f"{target.name}.data"
+        ir.save(model, target, external_data=name, size_threshold_bytes=1024, max_workers=4)
     return counts
 
 
-def _save(model: ir.Model, source: Path, target: Path) -> None:
-    """Write the graph; weights beside the source are linked, not copied, where that is possible.
+def _link(data: Path, beside: Path) -> None:
+    """Weights stay where they are, and are linked, not copied, where that is possible.
 
     Large ones are gigabytes, and only TensorRT's own parser reads this file, which takes links.
     A symbolic one: readers of ONNX files refuse data with more than one hard link, and the source
     would have two for as long as this file lives.
     """
-    data = source.with_name(f"{source.name}.data")
-    if not data.is_file():
-        ir.save(model, target, external_data=f"{target.name}.data", size_threshold_bytes=1024)
-        return
-    beside = target.with_name(data.name)
     if not (beside.exists() and beside.samefile(data)):
         beside.unlink(missing_ok=True)
         try:
             beside.symlink_to(data.resolve())
         except OSError:  # a file system without links
             shutil.copyfile(data, beside)
-    ir.save(model, target)
 
 
 def _scored_norms(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
@@ -140,6 +141,8 @@ def _replace_product(
     if found is None:
         return ()
     x, weight, attributes = found
+    if not attributes["turned"]:
+        weight, attributes = _turned(graph, weight), {**attributes, "turned": True}
     specs = {"x": _spec(node, x, batch), "weight": _spec(node, weight, batch)}
     (call,) = LINEAR.calls(specs, attributes)
     (spec,) = call.outputs.values()
@@ -169,6 +172,26 @@ def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, dict[str, bool]] | None
     if not plain or axis != 1 or len(tokens.shape) != 3 or tokens.shape[1] != 1:
         return None
     return tokens, weight, {"turned": bool(values["transB"]), "flat": True}
+
+
+def _turned(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    """The constant [K, N] as [N, K], made when it is written.
+
+    The kernel reads both operands along K then, which it does 5 to 10 % faster (H100).
+    """
+    name, constant = f"{weight.name}.turned", weight.const_value
+    if name not in graph.initializers:
+        shape = ir.Shape(reversed(weight.shape))
+
+        def turn() -> ir.Tensor:
+            turned = np.ascontiguousarray(constant.numpy().T)
+            return ir.Tensor(turned, dtype=weight.dtype, shape=shape)
+
+        graph.register_initializer(ir.Value(
+            name=name, shape=shape, type=ir.TensorType(weight.dtype),
+            const_value=ir.LazyTensor(turn, weight.dtype, shape, name=name),
+        ))
+    return graph.initializers[name]
 
 
 def _require_triton() -> None:
@@ -279,7 +302,7 @@ class _Launcher:
         )
 
     def _compile(self, call: Call) -> tuple[Compiled, Call]:
-        from tokred_plugins.aot import DoesNotFit, compile_call, compile_key
+        from tokred_plugins.aot import DoesNotFit, compile_call, compile_key, overlap
         from tokred_plugins.retune import candidates
 
         failure: Exception | None = None
@@ -287,7 +310,7 @@ class _Launcher:
             key = compile_key(candidate)
             try:
                 if key not in self._compiled:
-                    self._compiled[key] = compile_call(candidate, self._sm)
+                    self._compiled[key] = overlap(compile_call(candidate, self._sm))
                 return self._compiled[key], candidate
             except DoesNotFit as error:  # a smaller GPU may take a smaller tactic
                 failure = failure or error
@@ -317,6 +340,7 @@ def launch_attributes(compiled: Compiled, call: Call) -> dict[str, str | int | l
         "grid": list(call.grid),
         "block": compiled.block,
         "shared": compiled.shared,
+        "scratch": compiled.scratch,
         "input_types": " ".join(call.inputs.values()),
         "extras": " ".join(str(call.extras[name]) for name in call.kernel.extras),
         "output_types": " ".join(spec.dtype for spec in call.outputs.values()),

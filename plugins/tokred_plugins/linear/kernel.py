@@ -14,22 +14,75 @@ import triton.language as tl
 from tokred_plugins.kernels import PRECISION, Call, Kernel, Spec, Tactic, cdiv, choose
 
 
+@triton.jit
+def _place(tile, tiles_m, tiles_n: tl.constexpr, GROUP: tl.constexpr):
+    """Tile down and tile across: programs that run together share rows and columns, GROUP tiles
+    down before one across."""
+    first = tile // (GROUP * tiles_n) * GROUP
+    rows_here = tl.minimum(tiles_m - first, GROUP)
+    inside = tile % (GROUP * tiles_n)
+    return first + inside % rows_here, inside // rows_here
+
+
 @triton.jit(do_not_specialize=["length"])
 def linear_kernel(
     x, weight, length, y,
     K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    if PROGRAMS > 0:
+        _by_descriptors(x, weight, length, y, K, N, TURNED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                        PROGRAMS)
+    else:
+        _by_pointers(x, weight, length, y, K, N, TURNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                     GROUP)
+
+
+@triton.jit
+def _by_descriptors(
+    x, weight, length, y,
+    K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    # One program a multiprocessor, each doing many tiles, fed by the tensor memory accelerator.
+    # The rows of all sequences are one matrix; programs of the others have nothing to do.
+    if tl.program_id(2) == 0:
+        rows = length * tl.num_programs(2)
+        tiles_m = tl.cdiv(rows, BLOCK_M)
+        tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+        rows_of = tl.make_tensor_descriptor(x, [rows, K], [K, 1], [BLOCK_M, BLOCK_K])
+        result = tl.make_tensor_descriptor(y, [rows, N], [N, 1], [BLOCK_M, BLOCK_N])
+        if TURNED:
+            columns = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        else:
+            columns = tl.make_tensor_descriptor(weight, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+            down, across = _place(tile, tiles_m, tiles_n, GROUP)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for at in range(0, K, BLOCK_K):
+                a = rows_of.load([down * BLOCK_M, at])
+                if TURNED:
+                    b = columns.load([across * BLOCK_N, at]).T
+                else:
+                    b = columns.load([at, across * BLOCK_N])
+                acc = tl.dot(a, b, acc=acc)
+            result.store([down * BLOCK_M, across * BLOCK_N], acc.to(y.dtype.element_ty))
+
+
+@triton.jit
+def _by_pointers(
+    x, weight, length, y,
+    K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):
     batch = tl.program_id(2).to(tl.int64)
-    # Programs that run together share rows and columns: GROUP tiles down before one across.
     tiles_m = tl.cdiv(length, BLOCK_M)
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0)
-    first = tile // (GROUP * tiles_n) * GROUP
-    rows_here = tl.minimum(tiles_m - first, GROUP)
-    inside = tile % (GROUP * tiles_n)
-    m = (first + inside % rows_here) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = inside // rows_here * BLOCK_N + tl.arange(0, BLOCK_N)
+    down, across = _place(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    m = down * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = across * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Rows and columns beyond the end are computed on others' data and not stored.
     row = tl.where(m < length, m, 0)
@@ -87,13 +140,21 @@ def linear_few_kernel(
             tl.store(out, acc.to(y.dtype.element_ty), mask=in_m & in_n)
 
 
+def _tactic(m: int, n: int, k: int, warps: int, stages: int, programs: int = 0) -> Tactic:
+    """Tiles of m x n, k deep; ``programs`` that stay, with descriptors, or one a tile."""
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "PROGRAMS": programs}
+    return Tactic(blocks, warps, stages, since=90 if programs else 0)
+
+
 LINEAR = Kernel(
     "linear", linear_kernel, ("x", "weight"), ("length",), ("y",),
     tuple(
-        Tactic({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, warps, stages)
-        for m, n, k, warps, stages in (
+        _tactic(*sizes)
+        for sizes in (
             (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4),
             (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (256, 128, 64, 8, 3), (64, 64, 64, 4, 4),
+            (128, 256, 64, 8, 3, 132), (256, 128, 64, 8, 3, 132), (128, 128, 64, 8, 4, 132),
+            (64, 256, 64, 4, 4, 132), (64, 64, 64, 4, 3, 528),
             (128, 128, 32, 4, 3), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2),
         )
     ),
@@ -109,6 +170,11 @@ LINEAR_FEW = Kernel(
 )
 # Up to so many rows a sequence the product reads little but the weights.
 FEW = 16
+
+
+def described(inner: int, columns: int, dtype: str) -> bool:
+    """Whether tensor descriptors can hold the operands: 16-bit rows of whole 16 bytes."""
+    return dtype != "fp32" and inner % 8 == 0 and columns % 8 == 0
 
 
 def calls(
@@ -137,6 +203,9 @@ def calls(
     default = kernel.tactics[-1] if x.dtype == "fp32" else kernel.tactics[0]
     tactic = choose(kernel, tactics, default)
     tiles = cdiv(columns, tactic.blocks["BLOCK_N"])
+    programs = tactic.blocks.get("PROGRAMS", 0)
+    if programs and not described(inner, columns, x.dtype):
+        raise ValueError(f"rows of {inner} and {columns} {x.dtype} numbers fit no descriptor")
     call = Call(
         kernel=kernel,
         inputs={"x": x.dtype, "weight": weight.dtype},
@@ -144,6 +213,8 @@ def calls(
         outputs={"y": Spec(shape, x.dtype)},
         constants={"K": inner, "N": columns, "TURNED": turned, "PRECISION": PRECISION[x.dtype]},
         tactic=tactic,
-        grid=(tiles if few else tiles * cdiv(length, tactic.blocks["BLOCK_M"]), 1),
+        grid=(
+            programs or (tiles if few else tiles * cdiv(length, tactic.blocks["BLOCK_M"])), 1
+        ),
     )
     return (call,)

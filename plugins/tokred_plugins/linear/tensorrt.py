@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tokred_plugins.faces import Attribute, Grid, KernelFace, Tuning
-from tokred_plugins.kernels import Call, Spec, cdiv
+from tokred_plugins.kernels import Call, Constant, Spec, cdiv
 
 
 def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
@@ -17,8 +17,11 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     )
 
 
-def grid(sizes: Mapping[str, int], now: Grid) -> Grid:
-    """Tiles of the result."""
+def grid(sizes: Mapping[str, Constant], now: Grid) -> Grid | None:
+    """Tiles of the result, or the programs that stay for all tiles."""
+    if sizes["PROGRAMS"]:
+        fits = sizes["PRECISION"] == "tf32" and sizes["K"] % 8 == 0 and sizes["N"] % 8 == 0
+        return (sizes["PROGRAMS"], 1) if fits else None
     tiles = cdiv(sizes["length"], sizes["BLOCK_M"]) * cdiv(sizes["N"], sizes["BLOCK_N"])
     return tiles, 1
 
@@ -31,5 +34,8 @@ def few_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 FACE = KernelFace(
     ("x", "weight"), ("y",), calls,
-    {"linear": Tuning((*BLOCKS, "GROUP"), grid), "linear_few": Tuning(BLOCKS, few_grid)},
+    {
+        "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS"), grid),
+        "linear_few": Tuning(BLOCKS, few_grid),
+    },
 )
