@@ -150,6 +150,10 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _count_not_finite(tensor: torch.Tensor) -> int:
+    # A NaN or an infinity shows in the extremes, and these are found thirty times faster than
+    # every element is judged (16-bit ones on a CPU above all).
+    if torch.stack(torch.aminmax(tensor)).isfinite().all():
+        return 0
     pieces = tensor.reshape(-1).split(PIECE)
     return sum(piece.numel() - int(piece.isfinite().sum()) for piece in pieces)
 
@@ -223,7 +227,9 @@ def _convert(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     if dtype != torch.float64 and name.endswith(KEPT_FLOAT32):
         dtype = torch.float32
     converted = tensor.to(dtype)
-    if dtype == torch.float16 and (count := _count_not_finite(converted)):
+    # What was float16 before was found finite when it was loaded.
+    narrowed = dtype == torch.float16 != tensor.dtype
+    if narrowed and (count := _count_not_finite(converted)):
         raise CheckpointError(
             f"{name} holds {count} values beyond float16's range (65504): "
             "build with bfloat16 or float32"
