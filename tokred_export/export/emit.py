@@ -6,8 +6,10 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -62,6 +64,7 @@ def to_onnx(program: torch.export.ExportedProgram, names: Names, dtype: torch.dt
     _check(program, model, names)
     passes.RemoveUnusedNodesPass()(model)
     _drop_traces(model)
+    _copy_views(model)
     model.producer_name = "tokred-export"
     return model
 
@@ -96,6 +99,27 @@ def _drop_traces(model: ir.Model) -> None:
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+
+
+def _copy_views(model: ir.Model) -> None:
+    """Let initializers that are strided views be copied, one at a time, when they are written.
+
+    The exporter folds the transpose of a weight into a view of it, and numpy writes a view element
+    by element: 0.2 GB/s, where a copy runs at 1 and writing that at 5 (two cores).
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        raw = tensor.raw if isinstance(tensor, ir.Tensor) else None
+        if isinstance(raw, np.ndarray) and not raw.flags.c_contiguous:
+            value.const_value = ir.LazyTensor(
+                partial(_copied, tensor), tensor.dtype, tensor.shape, name=tensor.name
+            )
+
+
+def _copied(tensor: ir.Tensor) -> ir.Tensor:
+    """A tensor with memory of its own; torch transposes faster than numpy, but not bfloat16's."""
+    bits = torch.from_numpy(tensor.raw.view(f"i{tensor.raw.itemsize}")).contiguous().numpy()
+    return ir.Tensor(bits.view(tensor.raw.dtype), tensor.dtype, name=tensor.name)
 
 
 def save(model: ir.Model, path: Path) -> list[Path]:
