@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tokred_export.errors import BuildFailed
 from tokred_export.model import Mamba2
@@ -62,12 +65,30 @@ def capture_prefill(
     if max_batch > 1:
         dim = torch.export.Dim("batch", min=1, max=max_batch)
         shapes = ({0: dim}, {0: dim})
+    flat = _Flat(model)
     try:
         with torch.no_grad():
             program = torch.export.export(
-                _Flat(model), example, dynamic_shapes=shapes, strict=True
+                _without_weights(flat), example, dynamic_shapes=shapes, strict=True
             )
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
         raise BuildFailed(f"torch.export refused the model at length {length}: {error}") from error
+    _give_weights(program, flat)
     n_sites = len(model.schedule.sites) if model.schedule else 0
     return program, prefill_names(model.spec.n_layer, n_sites)
+
+
+def _without_weights(flat: _Flat) -> nn.Module:
+    """The same model with fake tensors for weights: of real ones Dynamo keeps copies of its own."""
+    mode, ops = FakeTensorMode(shape_env=ShapeEnv()), flat.model.ops
+    known: dict[int, object] = {id(ops): ops}
+    for tensor in (*flat.parameters(), *flat.buffers()):
+        known[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
+    return copy.deepcopy(flat, known)
+
+
+def _give_weights(program: torch.export.ExportedProgram, flat: _Flat) -> None:
+    """Put the weights, not copies, in the places that their fakes hold in the program."""
+    program.state_dict.update(flat.state_dict(keep_vars=True))
+    constants = program.constants  # buffers that are in no state dict are among them
+    constants.update({name: b for name, b in flat.named_buffers() if name in constants})
