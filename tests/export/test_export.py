@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -173,6 +174,31 @@ def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch):
     assert [f.name for f in files] == ["graph.onnx", "graph.onnx.data"]
     assert files[1].stat().st_size > 10_000
     assert_equal(*run(tmp_path / "graph.onnx", model, [LENGTH]))
+
+
+@pytest.mark.parametrize("config", [{}, {"ssm_cfg": {"conv_bias": False}}])
+def test_a_program_has_the_weights_of_the_model_and_no_copies(tmp_path, config):
+    model = reduced_model(tmp_path, "utrc", **config)
+    program, _ = capture_prefill(model, LENGTH)
+    held = {**program.state_dict, **program.constants}
+    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert held.keys() == {f"model.{name}" for name in expected}
+    assert all(held[f"model.{name}"] is tensor for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_transposed_weights_are_those_of_the_model(tmp_path, dtype):
+    model = reduced_model(tmp_path, "utrc", dtype)
+    export_prefill(model, LENGTH, 1, tmp_path / "graph.onnx")
+    graph = ir.load(tmp_path / "graph.onnx").graph
+    found = [
+        node.inputs[1].const_value.tobytes() for node in graph if node.op_type == "MatMul"
+    ]
+    expected = [
+        layer.in_proj.weight.t().contiguous().view(torch.uint8).numpy().tobytes()
+        for layer in model.layers
+    ]
+    assert [weight for weight in expected if weight not in found] == []
 
 
 def test_a_lost_custom_op_is_an_error(tmp_path, monkeypatch):
