@@ -93,7 +93,7 @@ def lower(
         ir.save(model, target)
     else:
         name = f"{target.name}.data"
-        ir.save(model, target, external_data=name, size_threshold_bytes=1024, max_workers=4)
+        ir.save(model, target, external_data=name, size_threshold_bytes=1024)
     return counts
 
 
