@@ -12,7 +12,6 @@ namespace {
 
 constexpr int32_t kDefaultShared = 48 * 1024; // bytes that a block has without asking
 constexpr int64_t kMaxBatch = 65535;          // blocks along z
-constexpr int kOverlapsSince = 12030; // CUDA 12.3 captures overlapping launches in graphs
 
 // The few functions needed, resolved once and never let go: engines may outlive static objects.
 struct Driver {
@@ -21,7 +20,6 @@ struct Driver {
     decltype(&cuModuleGetFunction) moduleGetFunction{};
     decltype(&cuFuncSetAttribute) funcSetAttribute{};
     decltype(&cuLaunchKernel) launchKernel{};
-    decltype(&cuLaunchKernelEx) launchKernelEx{}; // null in drivers that cannot overlap launches
     decltype(&cuCtxGetCurrent) ctxGetCurrent{};
     decltype(&cuCtxGetDevice) ctxGetDevice{};
     decltype(&cuCtxPushCurrent) ctxPushCurrent{};
@@ -57,10 +55,6 @@ private:
         find(library, "cuDeviceGetName", deviceGetName);
         find(library, "cuDriverGetVersion", driverGetVersion);
         find(library, "cuGetErrorString", getErrorString);
-        int version = 0;
-        if (driverGetVersion(&version) == CUDA_SUCCESS && version >= kOverlapsSince) {
-            find(library, "cuLaunchKernelEx", launchKernelEx);
-        }
     }
     template <typename F>
     static void find(void* library, char const* name, F& function) {
@@ -170,8 +164,9 @@ public:
         if (kernel.scratch > 0) {
             arguments.push_back(&workspace);
         }
-        CUresult const status
-            = put(kernel, static_cast<unsigned>(batch), static_cast<CUstream>(stream), arguments);
+        CUresult const status = Driver::get().launchKernel(mFunction, kernel.grid[0],
+            kernel.grid[1], static_cast<unsigned>(batch), kernel.block, 1, 1, kernel.shared,
+            static_cast<CUstream>(stream), arguments.data(), nullptr);
         if (status != CUDA_SUCCESS) {
             CUcontext current{};
             Driver::get().ctxGetCurrent(&current);
@@ -184,37 +179,6 @@ public:
     }
 
 private:
-    CUresult put(Kernel const& kernel, unsigned batch, CUstream stream,
-        std::vector<void*>& arguments) const {
-        Driver const& driver = Driver::get();
-        auto const x = static_cast<unsigned>(kernel.grid[0]);
-        auto const y = static_cast<unsigned>(kernel.grid[1]);
-        auto const block = static_cast<unsigned>(kernel.block);
-        auto const shared = static_cast<unsigned>(kernel.shared);
-        if (!kernel.overlaps || driver.launchKernelEx == nullptr) {
-            return driver.launchKernel(mFunction, x, y, batch, block, 1, 1, shared, stream,
-                arguments.data(), nullptr);
-        }
-        // Programmatic dependent launch: blocks may start while the kernel before is still at
-        // work, and wait by an instruction of their own. Saves the latency between two kernels,
-        // of which an engine for short prompts has little else to lose.
-        CUlaunchAttribute attribute{};
-        attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value.programmaticStreamSerializationAllowed = 1;
-        CUlaunchConfig config{};
-        config.gridDimX = x;
-        config.gridDimY = y;
-        config.gridDimZ = batch;
-        config.blockDimX = block;
-        config.blockDimY = 1;
-        config.blockDimZ = 1;
-        config.sharedMemBytes = shared;
-        config.hStream = stream;
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-        return driver.launchKernelEx(&config, mFunction, arguments.data(), nullptr);
-    }
-
     // "NVIDIA H200 (9.0)" and 90.
     static std::pair<std::string, int32_t> describe(CUdevice device) {
         Driver const& driver = Driver::get();

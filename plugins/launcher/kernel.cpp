@@ -144,7 +144,6 @@ void Kernel::readPtx() {
         "entry " + entry + " of the PTX has " + std::to_string(parameters)
             + " parameters, and the fields name " + std::to_string(passed)
             + " inputs, extras, outputs and scratch memory");
-    overlaps = code.find("griddepcontrol.wait", end) != std::string::npos;
 }
 
 size_t Kernel::workspace(int64_t batch) const {

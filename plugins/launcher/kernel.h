@@ -45,7 +45,6 @@ struct Kernel {
     int32_t block{};             // threads
     int32_t shared{};            // bytes of dynamic shared memory
     int32_t scratch{};           // bytes of global memory for each block of the grid
-    bool overlaps{};             // the PTX waits for the launch before it: see driver.cpp
     std::vector<Type> inputs;    // parameters of the entry: inputs,
     std::vector<int32_t> extras; // then these numbers,
     std::vector<Type> outputs;   // then outputs, and last the scratch memory, if any

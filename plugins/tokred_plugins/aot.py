@@ -176,21 +176,6 @@ def strip_hidden(compiled: Compiled) -> Compiled:
     return replace(compiled, hidden=hidden, ptx=head + body)
 
 
-def overlap(compiled: Compiled) -> Compiled:
-    """The same kernel, letting the next launch be prepared while it runs.
-
-    Programmatic dependent launch, compute capability 9.0 on: blocks of a kernel may start when
-    all of the one before have, and wait here until that one has ended and its writes are seen.
-    Every kernel waits, so whatever came earlier has ended too. Where the launch does not ask for
-    it, the two instructions do nothing. Source: PTX ISA, griddepcontrol.
-    """
-    if compiled.target < 90:
-        return compiled
-    opening = compiled.ptx.index("{", compiled.ptx.index(f".entry {compiled.entry}(")) + 1
-    wait = "\n\tgriddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;"
-    return replace(compiled, ptx=compiled.ptx[:opening] + wait + compiled.ptx[opening:])
-
-
 def source_of(call: Call) -> Any:  # noqa: ANN401  Triton is imported late
     """Triton's description of the call: signature, constants, 16-byte aligned pointers."""
     from triton.compiler import ASTSource

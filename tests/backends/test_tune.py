@@ -21,6 +21,7 @@ class FakeDevice:
 
     fastest = 256  # threads
     loads = 0
+    wrong = ()  # blocks whose code leaves the output as it was
 
     def __init__(self):
         self.launched = []
@@ -48,6 +49,18 @@ class FakeDevice:
 
     def launch(self, kernel, grid, block, shared, arguments):
         self.launched.append((grid, block, arguments))
+        if block not in FakeDevice.wrong:
+            self.value = 0x3C  # 0x3C3C is a float16 near one
+
+    def fill(self, address, value, size):
+        assert size <= self.memory[address]
+        self.value = value
+
+    def synchronize(self):
+        pass
+
+    def download(self, address, array):
+        array[:] = self.value
 
     def elapsed_ms(self, work):
         work()
@@ -128,6 +141,13 @@ def test_a_tactic_that_is_no_more(device, tmp_path):
     file.write_text(json.dumps(dict.fromkeys(known, "BLOCK_M=7")))
     best = tune.Tuner(90, file).best(product(700))
     assert str(best.tactic) in json.loads(file.read_text()).values()
+
+
+def test_a_tactic_that_errs_is_not_taken(device, monkeypatch):
+    """However fast it is."""
+    monkeypatch.setattr(FakeDevice, "wrong", (FakeDevice.fastest,))
+    best = tune.Tuner(90).best(product(700))
+    assert best.tactic.num_warps * 32 != FakeDevice.fastest
 
 
 def test_changed_code_is_timed_anew(device, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 
 from kernel_shapes import MODELS, cases
-from tokred_plugins.aot import compile_call, overlap
+from tokred_plugins.aot import compile_call
 from tokred_plugins.kernels import Spec
 from tokred_plugins.linear import kernel as linear
 
@@ -44,7 +44,7 @@ def main() -> None:
     )
     asked["linear-90"] = product, 90
     for name, (call, target) in asked.items():
-        compiled = overlap(compile_call(call, target))
+        compiled = compile_call(call, target)
         print(json.dumps({
             "name": name,
             "fields": launch_attributes(compiled, call),

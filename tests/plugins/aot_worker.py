@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 
 from kernel_shapes import MODELS, cases
-from tokred_plugins.aot import DoesNotFit, compile_call, overlap
+from tokred_plugins.aot import DoesNotFit, compile_call
 from tokred_plugins.kernels import Call, Spec
 from tokred_plugins.linear import kernel as linear
 
@@ -68,7 +68,7 @@ def main() -> None:
             facts = {
                 "compiled": compiled.to_json(), "expected": expected,
                 "warps": call.tactic.num_warps,
-                "ptxas": assemble(overlap(compiled).ptx, target) if target == 90 else "",
+                "ptxas": assemble(compiled.ptx, target) if target == 90 else "",
             }
             print(json.dumps(facts))
 

@@ -203,14 +203,10 @@ class Descriptions:
         )
 
 
-# What the launcher's code begins with: TensorRT says nothing of early launches of quick plugins.
-WAIT = "\n\tgriddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;"
-
-
 def of_launcher_node(attributes: dict, batches: list[int]) -> Handed:
     """The same facts from a node of the form for older TensorRT."""
     return Handed(
-        attributes["entry"], digest(attributes["ptx"].replace(WAIT, "")),
+        attributes["entry"], digest(attributes["ptx"]),
         [[*attributes["grid"], b] for b in batches], [attributes["block"], 1, 1],
         attributes["shared"], list(map(int, attributes["extras"].split())),
     )

@@ -16,7 +16,6 @@ from tokred_plugins.aot import (
     SHARED_LIMITS,
     Compiled,
     Parameter,
-    overlap,
     strip_hidden,
 )
 
@@ -62,18 +61,6 @@ def test_all_kernels_for_all_targets(compiled):
     assert sorted(found) == sorted((k, t) for k in KERNELS for t in PTX_VERSIONS)
     described = [(kernel.name, kernel.target) for kernel, _ in compiled if kernel.scratch]
     assert sorted(described) == [("linear", sm) for sm in PTX_VERSIONS if sm >= 90]
-
-
-def test_overlapping_launches(compiled):
-    """The entry waits before anything else, where the GPU can; the assembler takes it."""
-    for kernel, facts in compiled:
-        changed = overlap(kernel)
-        if kernel.target < 90:
-            assert changed is kernel
-            continue
-        lines = changed.ptx[changed.ptx.index(".entry"):].partition("{")[2].split()
-        assert lines[:2] == ["griddepcontrol.wait;", "griddepcontrol.launch_dependents;"]
-        assert facts["ptxas"] == ""
 
 
 def test_parameters_are_inputs_extras_outputs(compiled):

@@ -153,8 +153,6 @@ def _config(
     if release(trt.__version__) < (10, 0):
         # Nothing here needs cuBLAS or cuDNN, which a deployment may not have.
         config.set_tactic_sources(0)
-        # The kernels are a chain; and overlapping launches follow each other on one stream.
-        config.max_aux_streams = 0
         _weak_types(trt, network, config, asked)
     if asked.timing_cache is not None:
         file = Path(asked.timing_cache)

@@ -10,6 +10,8 @@ import hashlib
 import inspect
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,9 @@ from tokred_export.runtime.device import Device
 MEASURED = ("linear", "linear_few")
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "i32": 4, "i1": 1}
 _WARM, _RUNS, _REPEATS = 2, 5, 3
+# Of two tactics, relative L2: both round float32 sums of another order once.
+_AGREEMENT = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}
+_COMPARED = 4 << 20  # numbers, from either end
 
 
 class Tuner:
@@ -56,7 +61,11 @@ class Tuner:
             }
             if not times:
                 return call  # none fits this GPU: compiling it will say so
-            self._known[key] = min(times, key=lambda name: times[name])
+            ranked = sorted(times, key=lambda name: times[name])
+            slowest = offered[ranked[-1]]  # judged by itself, it is what is left in the end
+            self._known[key] = next(
+                name for name in ranked if self._agrees(offered[name], slowest)
+            )
             if self._file is not None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(self._file, json.dumps(self._known, indent=0).encode())
@@ -75,6 +84,18 @@ class Tuner:
     def _time(self, call: Call) -> float | None:
         """Milliseconds of one launch; None where it does not fit the GPU."""
         device = self._device = self._device or Device()
+        launch = self._launch(call)
+        if launch is None:
+            return None
+        for _ in range(_WARM):
+            launch()
+        taken = []
+        for _ in range(_REPEATS):
+            taken.append(device.elapsed_ms(lambda: [launch() for _ in range(_RUNS)]) / _RUNS)
+        return min(taken)
+
+    def _launch(self, call: Call) -> Callable[[], None] | None:
+        """Puts the call on the stream; None where it does not fit the GPU."""
         found = self._load(call)
         if found is None:
             return None
@@ -83,16 +104,35 @@ class Tuner:
         grid = (*call.grid, batch)
         if compiled.hidden:
             arguments.append(self._room("scratch", compiled.scratch * math.prod(grid)))
+        return partial(
+            self._device.launch, function, grid, compiled.block, compiled.shared, arguments
+        )
 
-        def launch() -> None:
-            device.launch(function, grid, compiled.block, compiled.shared, arguments)
-
-        for _ in range(_WARM):
-            launch()
-        taken = []
+    def _agrees(self, call: Call, other: Call) -> bool:
+        """Whether two tactics give the same, each time: compilers err, and races show so."""
+        expected = self._results(other)
+        norm = np.linalg.norm(expected)
         for _ in range(_REPEATS):
-            taken.append(device.elapsed_ms(lambda: [launch() for _ in range(_RUNS)]) / _RUNS)
-        return min(taken)
+            found = self._results(call)
+            if not np.linalg.norm(found - expected) <= _AGREEMENT[call.inputs["x"]] * norm:
+                return False
+        return True
+
+    def _results(self, call: Call) -> np.ndarray:
+        """The first and the last numbers of the output, float32; those not written are NaN."""
+        (spec,) = call.outputs.values()
+        width, size = BYTES[spec.dtype], math.prod(spec.shape)
+        address = self._buffer("y", spec)
+        self._device.fill(address, 0xFF, width * size)
+        self._launch(call)()
+        self._device.synchronize()
+        pieces = [(0, min(size, _COMPARED)), (max(size - _COMPARED, 0), min(size, _COMPARED))]
+        found = []
+        for first, count in pieces:
+            raw = np.empty(width * count, np.uint8)
+            self._device.download(address + width * first, raw)
+            found.append(_numbers(raw, spec.dtype))
+        return np.concatenate(found)
 
     def _load(self, call: Call) -> tuple[Compiled, tuple[object, object]] | None:
         """The code and its function on the GPU; None where it does not fit."""
@@ -142,6 +182,13 @@ class Tuner:
             address = self._device.allocate(size)
             self._buffers[name] = (address, size)
         return address
+
+
+def _numbers(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of a dtype as float32."""
+    if dtype == "bf16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view(np.float32 if dtype == "fp32" else np.float16).astype(np.float32)
 
 
 def _random_bytes(size: int, dtype: str) -> np.ndarray:

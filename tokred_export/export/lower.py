@@ -302,7 +302,7 @@ class _Launcher:
         )
 
     def _compile(self, call: Call) -> tuple[Compiled, Call]:
-        from tokred_plugins.aot import DoesNotFit, compile_call, compile_key, overlap
+        from tokred_plugins.aot import DoesNotFit, compile_call, compile_key
         from tokred_plugins.retune import candidates
 
         failure: Exception | None = None
@@ -310,7 +310,7 @@ class _Launcher:
             key = compile_key(candidate)
             try:
                 if key not in self._compiled:
-                    self._compiled[key] = overlap(compile_call(candidate, self._sm))
+                    self._compiled[key] = compile_call(candidate, self._sm)
                 return self._compiled[key], candidate
             except DoesNotFit as error:  # a smaller GPU may take a smaller tactic
                 failure = failure or error

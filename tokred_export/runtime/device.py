@@ -93,6 +93,10 @@ class Device:
         if array.nbytes:
             self._call("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)
 
+    def fill(self, address: int, value: int, size: int) -> None:
+        """Set so many bytes, in the stream's order."""
+        self._call("cuMemsetD8Async", address, value, size, self.stream)
+
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._call("cuStreamSynchronize", self.stream)

@@ -2,6 +2,7 @@
 # Usage: tools/gpu/run_all.sh STEP OUT WORK   One step of the measurements on a GPU machine, after
 # sourcing the env.sh that setup_machine.sh wrote. Each fits ten minutes on an H100; results and
 # what speeds up the next step's build (timing caches) go to OUT, and from OUT they are read.
+# TOKRED_SECONDS bounds the timing of one model and batch, 60 if not set.
 #   kernels   kernel tests, the PTX through the driver, a fast look at every kernel's time
 #   sanitize  the same tests under compute-sanitizer's memcheck
 #   small     130m, batch 1 and 8, dense and 30 %; the demo model's choices on 500 prompts
@@ -20,8 +21,9 @@ cache=$work/timing.cache
 for file in "$out"/timing.*; do
     if [ -e "$file" ]; then cp -n "$file" "$work/"; fi
 done
-bench() { "$python" tools/gpu/bench_engines.py --timing-cache "$cache" --work "$work" --out "$out/speed.jsonl" "$@"; }
+bench() { "$python" tools/gpu/bench_engines.py --timing-cache "$cache" --work "$work" --out "$out/speed.jsonl" --seconds "${TOKRED_SECONDS:-60}" "$@"; }
 # A case outside its gate fails the step, but neither what comes after it nor what the next needs.
+trap 'exit 143' TERM
 trap 'cp "$work"/timing.* "$out/" 2>/dev/null || true' EXIT
 case $step in
 kernels)

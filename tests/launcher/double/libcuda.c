@@ -2,7 +2,6 @@
 // code of each module (CUDA_RECORD.<module>), and behaves as it is told by
 //
 //   CUDA_SM       compute capability times ten
-//   CUDA_VERSION  of the driver, 12020 if not told
 //   CUDA_FAIL     "cuLaunchKernel=719 ...": calls that fail, and with what
 //   CUDA_JIT_LOG  what the compiler says when a module does not load
 //
@@ -132,8 +131,7 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
 }
 
 CUresult cuDriverGetVersion(int* version) {
-    char const* told = getenv("CUDA_VERSION");
-    *version = told == NULL ? 12020 : atoi(told);
+    *version = 12020;
     return enter("cuDriverGetVersion", "");
 }
 
@@ -199,7 +197,7 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
     return enter("cuFuncSetAttribute", more);
 }
 
-static CUresult launch(char const* name, CUfunction function, unsigned gridX, unsigned gridY, unsigned gridZ,
+CUresult cuLaunchKernel(CUfunction function, unsigned gridX, unsigned gridY, unsigned gridZ,
     unsigned blockX, unsigned blockY, unsigned blockZ, unsigned shared, CUstream stream,
     void** arguments, void** extra) {
     CUmodule module = (CUmodule)function;
@@ -220,28 +218,9 @@ static CUresult launch(char const* name, CUfunction function, unsigned gridX, un
             at += snprintf(end, left, "%s%d", i ? "," : "", number);
         }
     }
-    CUresult status = enter(name, more);
+    CUresult status = enter("cuLaunchKernel", more);
     return status != CUDA_SUCCESS || current() == module->context ? status
                                                                   : CUDA_ERROR_INVALID_HANDLE;
-}
-
-CUresult cuLaunchKernel(CUfunction function, unsigned gridX, unsigned gridY, unsigned gridZ,
-    unsigned blockX, unsigned blockY, unsigned blockZ, unsigned shared, CUstream stream,
-    void** arguments, void** extra) {
-    return launch("cuLaunchKernel", function, gridX, gridY, gridZ, blockX, blockY, blockZ, shared,
-        stream, arguments, extra);
-}
-
-CUresult cuLaunchKernelEx(
-    CUlaunchConfig const* config, CUfunction function, void** arguments, void** extra) {
-    CUlaunchAttribute const* attribute = config->attrs;
-    int overlaps = config->numAttrs == 1
-        && attribute->id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        && attribute->value.programmaticStreamSerializationAllowed == 1;
-    return launch(overlaps ? "cuLaunchKernelEx" : "cuLaunchKernelEx-of-another-kind", function,
-        config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX,
-        config->blockDimY, config->blockDimZ, config->sharedMemBytes, config->hStream, arguments,
-        extra);
 }
 
 CUresult cuModuleUnload(CUmodule module) {
