@@ -102,6 +102,17 @@ def test_accesses_are_wide(compiled):
             assert "cp.async.cg.shared.global" in kernel.ptx, kernel.name
 
 
+def test_strides_of_descriptors_are_bytes(compiled):
+    """Rows of 768 and 3352 float16: in units of 16 bytes, nearly all rows would be out of reach."""
+    described = [kernel for kernel, _ in compiled if kernel.scratch]
+    assert described
+    for kernel in described:
+        constants = dict(re.findall(r"mov\.b64\s+(%rd\d+), (\d+);", kernel.ptx))
+        used = re.findall(r"tile\.global_stride\S+ \[[^]]*\], 0x0, (%rd\d+);", kernel.ptx)
+        found = {int(constants[register]) for register in used}
+        assert found == {2 * 768, 2 * 3352}, (kernel.target, found)
+
+
 def test_json_round_trip(compiled):
     """A description survives a file."""
     kernel, _ = compiled[0]

@@ -47,7 +47,10 @@ def test_memory(driver, kind):
     place = device.allocate(0)
     device.upload(empty, place)
     device.download(place, empty)
-    assert driver.calls["cuMemcpyHtoD"] == driver.calls["cuMemcpyDtoH"] == 1
+    assert driver.calls["cuMemcpyHtoDAsync"] == driver.calls["cuMemcpyDtoH"] == 1
+    device.fill(address, 0xFF, 2)
+    device.download(address, found)
+    assert (found.view(np.uint8).reshape(-1)[:2] == 0xFF).all()
     device.free(address)
     device.free(place)
     assert device.used_bytes() == 0
@@ -87,7 +90,7 @@ def everything():
 FUNCTIONS = [
     "cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
     "cuStreamCreate", "cuDeviceGetAttribute", "cuDeviceGetName", "cuDeviceTotalMem",
-    "cuMemGetInfo", "cuMemAlloc", "cuMemcpyHtoD", "cuMemcpyDtoH", "cuStreamBeginCapture",
+    "cuMemGetInfo", "cuMemAlloc", "cuMemcpyHtoDAsync", "cuMemcpyDtoH", "cuStreamBeginCapture",
     "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphDestroy", "cuGraphLaunch",
     "cuStreamSynchronize", "cuGraphExecDestroy", "cuMemFree",
 ]

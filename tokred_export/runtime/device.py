@@ -84,9 +84,12 @@ class Device:
         self._call("cuMemFree", address)
 
     def upload(self, array: np.ndarray, address: int) -> None:
-        """Copy a contiguous array to the device."""
-        if array.nbytes:
-            self._call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+        """Copy a contiguous array to the device; what is put on the stream later sees it."""
+        if array.nbytes:  # a copy on no stream may still be under way when it returns
+            self._call(
+                "cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self.stream
+            )
+            self.synchronize()
 
     def download(self, address: int, array: np.ndarray) -> None:
         """Fill a contiguous array from the device."""

@@ -109,10 +109,16 @@ def cuMemFree(address):
     return _answer("cuMemFree")
 
 
-def cuMemcpyHtoD(address, host, size):
-    assert size <= len(memory[address])
+def cuMemcpyHtoDAsync(address, host, size, stream):
+    assert stream == 42 and size <= len(memory[address])
     ctypes.memmove(address, host, size)
-    return _answer("cuMemcpyHtoD")
+    return _answer("cuMemcpyHtoDAsync")
+
+
+def cuMemsetD8Async(address, value, size, stream):
+    assert stream == 42 and size <= len(memory[address])
+    ctypes.memset(address, value, size)
+    return _answer("cuMemsetD8Async")
 
 
 def cuMemcpyDtoH(host, address, size):
