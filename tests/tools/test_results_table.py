@@ -23,6 +23,7 @@ def record(**changes):
         "graph_ms": 3.0, "gemm_floor_ms": 0.5, "peak_gb": 0.4, "mamba_ssm_peak_gb": 0.7,
         "build_s": 61.2, "gpu": "GPU", "commit": "0123456789", "versions": {"mamba_ssm": "2.3"},
         "parity": {"logits_rel_l2": 2e-3, "noise_floor": 1.9e-3, "wrong": []},
+        "profile_ms": 2.5, "sites_ms": 0.25,
     }
     return fields | changes
 
@@ -44,7 +45,7 @@ def test_ratios_are_of_the_engine(tmp_path):
     (line,) = results_table.table(write(tmp_path / "r", [record()]))[-2:-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[3:7] == ["2.000", "20.00", "1.50", "4.00"]
-    assert cells[7] == "0.40 (0.70)" and "outside" not in line
+    assert cells[7:9] == ["10.0%", "0.40 (0.70)"] and "outside" not in line
 
 
 def test_the_latest_record_of_a_case_counts(tmp_path):

@@ -83,9 +83,7 @@ class TrtRunner:
                 f"TensorRT {self.trt.__version__} cannot open {plan.name}, expected a plan made by "
                 "this release on this kind of GPU: build the engine again here"
             )
-        self.context = self.engine.create_execution_context()
-        if self.context is None:
-            raise EnvironmentUnable(f"no memory for the activations of {plan.name} on the GPU")
+        self._make_context()
         # Memory is counted for the whole device: only here is nobody else expected to take any.
         self._engine_bytes = self.device.used_bytes() - before
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
@@ -94,6 +92,13 @@ class TrtRunner:
         self.output_names = tuple(n for n in names if n not in self.input_names)
         self._memory: dict[str, tuple[int, int]] = {}  # name -> address, bytes
         self._graph: object | None = None
+
+    def _make_context(self) -> None:
+        self.context = self.engine.create_execution_context()
+        if self.context is None:
+            raise EnvironmentUnable(
+                f"no memory for the activations of {self.source.name} on the GPU"
+            )
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the engine once.
@@ -173,8 +178,20 @@ class TrtRunner:
                 self._enqueue()
                 self.device.synchronize()
         finally:
-            self.context.profiler = None  # it slows runs down, and none can be captured with it
+            self._renew_context()  # a profiler slows runs down, and none can be captured with it
         return times
+
+    def _renew_context(self) -> None:
+        """A new execution context as the last run left the old: TensorRT 8.6 gives no profiler
+        back."""
+        shapes = {name: self.context.get_tensor_shape(name) for name in self.input_names}
+        self._forget_graph()
+        self.context = None  # its activations go before the new one takes its own
+        self._make_context()
+        for name, shape in shapes.items():
+            self.context.set_input_shape(name, shape)
+        for name, (address, _) in self._memory.items():
+            self.context.set_tensor_address(name, address)
 
     def memory_bytes(self) -> int:
         """Device memory that this engine takes: weights, activations, inputs and outputs."""

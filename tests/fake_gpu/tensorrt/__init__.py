@@ -294,7 +294,7 @@ class _Engine:
         tensors = plan.get("io", ())
         self.tensors = {name: (DataType[kind], shape) for _, name, kind, shape in tensors}
         self.modes = {name: TensorIOMode[mode] for mode, name, _, _ in tensors}
-        self.names = list(self.tensors)
+        self.names, self.count = list(self.tensors), 0
 
     num_io_tensors = property(lambda self: len(self.names))
 
@@ -322,8 +322,17 @@ class _Context:
     """y<n> is x<n>, the int32 y_count how often the engine ran; other outputs stay zero."""
 
     def __init__(self, engine):
-        self.engine, self.addresses, self.count, self.profiler = engine, {}, 0, None
+        self.engine, self.addresses, self._profiler = engine, {}, None
         self.shapes = {name: list(shape) for name, (_, shape) in engine.tensors.items()}
+
+    @property
+    def profiler(self):
+        return self._profiler
+
+    @profiler.setter
+    def profiler(self, given):
+        if given is not None:  # 8.6 logs an error and keeps the one it has
+            self._profiler = given
 
     def get_tensor_shape(self, name):
         return tuple(self.shapes[name])
@@ -358,10 +367,10 @@ class _Context:
         return _trouble != "fails while running"
 
     def _copy(self, addresses):
-        self.count += 1
+        self.engine.count += 1
         for name, address in addresses.items():
             if name == "y_count":
-                ctypes.c_int32.from_address(address).value = self.count
+                ctypes.c_int32.from_address(address).value = self.engine.count
             elif name.startswith("y") and "x" + name[1:] in addresses:
                 kind, _ = self.engine.tensors[name]
                 size = 2 if kind == DataType.BF16 else np.dtype(_NUMPY[kind]).itemsize
