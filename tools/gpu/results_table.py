@@ -106,6 +106,7 @@ def plot(records: list[dict], path: Path) -> None:
         colours = ["#999999", *["#2b6cb0"] * len(group)]
         bars = axis.bar(names, values, color=colours)
         axis.bar_label(bars, fmt="%.3g", fontsize=7)
+        axis.margins(y=0.12)  # room for the labels
         axis.set_title(f"{case[1]}, batch {case[2]}", fontsize=9)
         axis.tick_params(labelsize=7)
     axes[0][0].set_ylabel("ms a prefill")
