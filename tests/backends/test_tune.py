@@ -14,6 +14,7 @@ from tokred_plugins.linear import kernel as linear
 from tokred_plugins.retune import candidates
 
 from tokred_export.backends import tune
+from tokred_export.errors import BuildFailed
 
 
 class FakeDevice:
@@ -148,6 +149,14 @@ def test_a_tactic_that_errs_is_not_taken(device, monkeypatch):
     monkeypatch.setattr(FakeDevice, "wrong", (FakeDevice.fastest,))
     best = tune.Tuner(90).best(product(700))
     assert best.tactic.num_warps * 32 != FakeDevice.fastest
+
+
+def test_a_kernel_that_writes_nothing_is_no_engine(device, monkeypatch):
+    """The call's own tactic is what others are compared with: then there is nothing to trust."""
+    own = product(700).tactic.num_warps * 32
+    monkeypatch.setattr(FakeDevice, "wrong", (own,))
+    with pytest.raises(BuildFailed, match=r"linear with BLOCK_M=128 .*leaves its output unwritten"):
+        tune.Tuner(90).best(product(700))
 
 
 def test_changed_code_is_timed_anew(device, tmp_path, monkeypatch):

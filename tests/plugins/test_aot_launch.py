@@ -20,8 +20,9 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 
 from kernel_shapes import MODELS, cases, tensors
-from tokred_plugins.aot import PTX_VERSIONS, compile_call
-from tokred_plugins.kernels import launch, torch_dtypes
+from tokred_plugins.aot import PTX_VERSIONS, DoesNotFit, compile_call
+from tokred_plugins.kernels import launch, spec_of, torch_dtypes
+from tokred_plugins.linear import kernel as linear
 
 pytestmark = pytest.mark.gpu
 TARGET = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
@@ -55,8 +56,12 @@ def launch_ptx(compiled, tensors_by_name):
             made[p.name].fill_(torch.nan if made[p.name].is_floating_point() else 1)
         tensor = made.get(p.name, tensors_by_name.get(p.name))
         values.append(ctypes.c_void_p(tensor.data_ptr()))
-    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     batch = tensors_by_name[compiled.parameters[0].name].shape[0]
+    if compiled.hidden:
+        blocks = compiled.grid[0] * compiled.grid[1] * batch
+        scratch = torch.empty(compiled.scratch * blocks, dtype=torch.int8, device="cuda")
+        values.append(ctypes.c_void_p(scratch.data_ptr()))
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     torch.cuda.synchronize()
     checked(driver.cuLaunchKernel(function, *compiled.grid, batch, compiled.block, 1, 1,
                                   compiled.shared, None, arguments, None), "launch")
@@ -79,3 +84,23 @@ def test_ptx_gives_what_triton_gives(name):
             same = torch.equal(made[output].nan_to_num(7.0), want.nan_to_num(7.0))
             assert same, f"{call.kernel.name}: {output} differs"
         values |= expected
+
+
+@pytest.mark.skipif(TARGET not in PTX_VERSIONS, reason=f"sm_{TARGET} is no target of ours")
+@pytest.mark.parametrize("turned", [False, True], ids=["K x N", "N x K"])
+@pytest.mark.parametrize("tactic", linear.LINEAR.tactics, ids=str)
+def test_products(tactic, turned):
+    """Against float64: descriptors are other code ahead of time than at Triton's own launch."""
+    random = torch.Generator("cuda").manual_seed(0)
+    x, weight = (
+        torch.randn(shape, generator=random, device="cuda").half()
+        for shape in ((3, 701, 768), (1160, 768) if turned else (768, 1160))
+    )
+    (call,) = linear.calls(spec_of(x), spec_of(weight), turned, tactics={"linear": tactic})
+    try:
+        compiled = compile_call(call, TARGET)
+    except DoesNotFit as refused:
+        pytest.skip(str(refused))
+    expected = x.double() @ (weight.double().T if turned else weight.double())
+    got = launch_ptx(compiled, {"x": x, "weight": weight})["y"].double()
+    assert (got - expected).norm() / expected.norm() < 1e-3

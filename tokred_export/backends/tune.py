@@ -20,6 +20,7 @@ from tokred_plugins.kernels import Call, Spec
 from tokred_plugins.retune import candidates
 
 from tokred_export.disk import write_atomic
+from tokred_export.errors import BuildFailed
 from tokred_export.runtime.device import Device
 
 MEASURED = ("linear", "linear_few")
@@ -49,7 +50,11 @@ class Tuner:
         self._loaded: dict[str, tuple[Compiled, tuple[object, object]] | None] = {}
 
     def best(self, call: Call) -> Call:
-        """The call with its fastest tactic, or as it is if it is not measured."""
+        """The call with its fastest tactic, or as it is if it is not measured.
+
+        Raises:
+            BuildFailed: the call's own tactic does not give the same twice.
+        """
         if call.kernel.name not in MEASURED:
             return call
         offered = {str(candidate.tactic): candidate for candidate in candidates(call)}
@@ -62,10 +67,16 @@ class Tuner:
             if not times:
                 return call  # none fits this GPU: compiling it will say so
             ranked = sorted(times, key=lambda name: times[name])
-            slowest = offered[ranked[-1]]  # judged by itself, it is what is left in the end
-            self._known[key] = next(
-                name for name in ranked if self._agrees(offered[name], slowest)
-            )
+            plain = offered[next(iter(times))]  # the call's own tactic, where that fits
+            fit = (name for name in ranked if self._agrees(offered[name], plain))
+            found = next(fit, None)
+            if found is None:
+                raise BuildFailed(
+                    f"the kernel {call.kernel.name} with {plain.tactic} gives something else each "
+                    "time on this GPU, or leaves its output unwritten; this is a bug of the kernel "
+                    "or of the driver's compiler"
+                )
+            self._known[key] = found
             if self._file is not None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(self._file, json.dumps(self._known, indent=0).encode())
