@@ -20,9 +20,10 @@ from tokred_plugins.kernels import Call, Spec
 # Lowest PTX version that knows the target. A driver refuses newer PTX than its own, and those
 # of JetPack 6 and of the first CUDA 12 releases read 8.2.
 PTX_VERSIONS = {80: 82, 86: 82, 87: 82, 89: 82, 90: 82, 100: 86, 110: 90, 120: 87}
-# Tensor descriptors are made with instructions of PTX 8.3; but for all before 8.6 (CUDA 12.7)
+# Tensor descriptors are made with instructions of PTX 8.3; but for all before 8.6
 # Triton counts strides in units of 16 bytes, and the compiler of today's drivers in bytes.
 DESCRIPTORS_SINCE = 86
+DESCRIPTORS_DRIVER = 12070  # CUDA 12.7 is the first to read it
 # Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
 SHARED_LIMITS = {
     80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448,
@@ -208,7 +209,7 @@ def _to_ptx(call: Call, target: int) -> tuple[str, dict]:
     backend = make_backend(gpu)
     options = backend.parse_options({
         "num_warps": call.tactic.num_warps, "num_stages": call.tactic.num_stages,
-        "ptx_version": ptx_version(call, target), "enable_fp_fusion": True,
+        "ptx_version": _ptx_version(call, target), "enable_fp_fusion": True,
     })
     context = ir.context()
     ir.load_dialects(context)
@@ -227,7 +228,7 @@ def _to_ptx(call: Call, target: int) -> tuple[str, dict]:
     return made, metadata
 
 
-def ptx_version(call: Call, target: int) -> int:
+def _ptx_version(call: Call, target: int) -> int:
     """What the call is compiled to, times ten."""
     least = DESCRIPTORS_SINCE if call.tactic.since >= 90 else 0
     return max(PTX_VERSIONS[target], least)

@@ -22,6 +22,7 @@ class FakeDevice:
 
     fastest = 256  # threads
     loads = 0
+    cuda_version = 13000
     wrong = ()  # blocks whose code leaves the output as it was
 
     def __init__(self):
@@ -163,6 +164,20 @@ def test_changed_code_is_timed_anew(device, tmp_path, monkeypatch):
     """The file of an earlier version of the kernel says nothing about this one."""
     file = tmp_path / "t.json"
     tune.Tuner(90, file).best(product(700))
-    monkeypatch.setattr(tune.inspect, "getsource", lambda fn: "another kernel")
+    monkeypatch.setattr(type(linear.linear_kernel), "cache_key", "another kernel")
     tune.Tuner(90, file).best(product(700))
     assert len(device) == 2 and len(json.loads(file.read_text())) == 2
+
+
+def test_an_old_driver_has_no_descriptors(device, monkeypatch):
+    """It cannot read their PTX; the other tactics are timed as ever."""
+    tried = {}
+    for version in (12060, 12070):
+        monkeypatch.setattr(FakeDevice, "cuda_version", version)
+        tuner = tune.Tuner(90)
+        tuner.best(product(704))
+        tried[version] = {
+            grid[0] for grid, _, _ in device[-1].launched if grid[1:] == (1, 2)
+        }
+    programs = {t.blocks["PROGRAMS"] for t in linear.LINEAR.tactics} - {0}
+    assert tried[12070] - tried[12060] == programs and tried[12060]

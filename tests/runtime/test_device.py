@@ -74,10 +74,11 @@ def test_recorded_work_runs_at_each_replay(driver):
 def everything():
     """Calls each driver function that Device knows."""
     device = Device()
-    assert device.gpu and device.used_bytes() == 0
+    assert device.gpu and device.used_bytes() == 0 and device.cuda_version == 12080
     values = np.zeros(4, np.float32)
     address = device.allocate(16)
     device.upload(values, address)
+    device.fill(address, 0, 16)
     device.download(address, values)
     device.begin_capture()
     graph = device.end_capture()
@@ -90,7 +91,8 @@ def everything():
 FUNCTIONS = [
     "cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
     "cuStreamCreate", "cuDeviceGetAttribute", "cuDeviceGetName", "cuDeviceTotalMem",
-    "cuMemGetInfo", "cuMemAlloc", "cuMemcpyHtoDAsync", "cuMemcpyDtoH", "cuStreamBeginCapture",
+    "cuDriverGetVersion", "cuMemGetInfo", "cuMemAlloc", "cuMemsetD8Async",
+    "cuMemcpyHtoDAsync", "cuMemcpyDtoH", "cuStreamBeginCapture",
     "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphDestroy", "cuGraphLaunch",
     "cuStreamSynchronize", "cuGraphExecDestroy", "cuMemFree",
 ]

@@ -177,7 +177,7 @@ def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, dict[str, bool]] | None
 def _turned(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     """The constant [K, N] as [N, K], made when it is written.
 
-    The kernel reads both operands along K then, which is faster (see the op's README.md).
+    The kernel reads both operands along K then: see the op's README.md.
     """
     name, constant = f"{weight.name}.turned", weight.const_value
     if name not in graph.initializers:

@@ -70,6 +70,11 @@ class Device:
         text = name.partition(b"\0")[0].decode(errors="replace")
         return Gpu(text, 10 * major + minor, total)
 
+    @property
+    def cuda_version(self) -> int:
+        """What the driver supports: 12070 for CUDA 12.7."""
+        return self._call("cuDriverGetVersion")
+
     def used_bytes(self) -> int:
         """Device memory that is taken, by this process and all others."""
         free, total = self._call("cuMemGetInfo")

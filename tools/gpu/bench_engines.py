@@ -237,7 +237,7 @@ def record(
 def profile(options: argparse.Namespace, model: str, engine: Engine) -> dict[str, float]:
     """Milliseconds by kind of layer, in a file and the largest on the screen.
 
-    Layers run one by one here: their sum is more than a run takes.
+    Layers run one by one here, not under the timing's steady load: their sum is not a run.
     """
     times: dict[str, float] = {}
     for name, ms in engine.runner.profile(5).items():

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from tokred_plugins.kernels import PRECISION, Call, Kernel, Spec, Tactic, cdiv, choose
+from tokred_plugins.kernels import PRECISION, Call, Constant, Kernel, Spec, Tactic, cdiv, choose
 
 
 @triton.jit
@@ -172,9 +172,10 @@ LINEAR_FEW = Kernel(
 FEW = 16
 
 
-def described(inner: int, columns: int, dtype: str) -> bool:
+def described(constants: Mapping[str, Constant]) -> bool:
     """Whether tensor descriptors can hold the operands: 16-bit rows of whole 16 bytes."""
-    return dtype != "fp32" and inner % 8 == 0 and columns % 8 == 0
+    half = constants["PRECISION"] == PRECISION["fp16"]
+    return half and constants["K"] % 8 == 0 and constants["N"] % 8 == 0
 
 
 def calls(
@@ -204,14 +205,15 @@ def calls(
     tactic = choose(kernel, tactics, default)
     tiles = cdiv(columns, tactic.blocks["BLOCK_N"])
     programs = tactic.blocks.get("PROGRAMS", 0)
-    if programs and not described(inner, columns, x.dtype):
+    constants = {"K": inner, "N": columns, "TURNED": turned, "PRECISION": PRECISION[x.dtype]}
+    if programs and not described(constants):
         raise ValueError(f"rows of {inner} and {columns} {x.dtype} numbers fit no descriptor")
     call = Call(
         kernel=kernel,
         inputs={"x": x.dtype, "weight": weight.dtype},
         extras={"length": length},
         outputs={"y": Spec(shape, x.dtype)},
-        constants={"K": inner, "N": columns, "TURNED": turned, "PRECISION": PRECISION[x.dtype]},
+        constants=constants,
         tactic=tactic,
         grid=(
             programs or (tiles if few else tiles * cdiv(length, tactic.blocks["BLOCK_M"])), 1

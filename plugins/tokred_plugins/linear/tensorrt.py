@@ -20,8 +20,9 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
 def grid(sizes: Mapping[str, Constant], now: Grid) -> Grid | None:
     """Tiles of the result, or the programs that stay for all tiles."""
     if sizes["PROGRAMS"]:
-        fits = sizes["PRECISION"] == "tf32" and sizes["K"] % 8 == 0 and sizes["N"] % 8 == 0
-        return (sizes["PROGRAMS"], 1) if fits else None
+        from tokred_plugins.linear.kernel import described
+
+        return (sizes["PROGRAMS"], 1) if described(sizes) else None
     tiles = cdiv(sizes["length"], sizes["BLOCK_M"]) * cdiv(sizes["N"], sizes["BLOCK_N"])
     return tiles, 1
 

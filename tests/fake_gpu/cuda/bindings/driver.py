@@ -90,6 +90,10 @@ def cuDeviceTotalMem(device):
     return _answer("cuDeviceTotalMem", TOTAL)
 
 
+def cuDriverGetVersion():
+    return _answer("cuDriverGetVersion", 12080)
+
+
 def cuMemGetInfo():
     return _answer("cuMemGetInfo", TOTAL - sum(map(len, memory.values())), TOTAL)
 
