@@ -12,6 +12,7 @@ from tokred_export.backends import onnxruntime as backend
 from tokred_export.backends.common import read_engines
 from tokred_export.disk import hash_file
 from tokred_export.errors import BuildFailed, EnvironmentUnable, InvalidRequest
+from tokred_export.runtime.ort import open_session
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 FEEDS = {"ids": np.arange(8, dtype=np.int32).reshape(2, L) % V}
@@ -44,6 +45,25 @@ def test_copy_is_the_same_model(tmp_path, monkeypatch, external, kind):
     assert (info.version, info.target) == (onnxruntime.__version__, "cpu")
     assert (info.machine, info.options["level"]) == (platform.machine(), "extended")
     assert info.seconds > 0 and info.can_run_here
+
+
+def test_cuda_multiplies_float32_in_full(tmp_path, monkeypatch):
+    """ONNX Runtime's own default is TF32, whose products have three digits."""
+    asked = {}
+
+    class Session:
+        def __init__(self, path, options, providers, settings):
+            asked.update(zip(providers, settings, strict=True))
+
+        def get_providers(self):
+            return list(asked)
+
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", lambda level: None)
+    open_session(save_tiny(tmp_path / "tiny.onnx"), "cuda")
+    assert asked == {"CUDAExecutionProvider": {"use_tf32": "0"}, "CPUExecutionProvider": {}}
 
 
 def test_second_build_replaces_the_first(tmp_path):

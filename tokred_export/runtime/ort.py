@@ -18,6 +18,8 @@ PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+# Products of float32 as PyTorch does them by default; TF32 has three digits.
+OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 _FATAL = 4  # log only this: errors come back as exceptions, with the same words
 
 
@@ -133,8 +135,13 @@ def open_session(
         options.optimized_model_filepath = str(save_to)
         options.add_session_config_entry(f"{key}_file_name", f"{save_to.name}.data")
         options.add_session_config_entry(f"{key}_min_size_in_bytes", str(external_bytes))
+    if device == "cuda":
+        # Its ScatterND warns of indices that come twice, past the session's own settings: a
+        # reduction site's do, with the same row each time.
+        ort.set_default_logger_severity(_FATAL)
+    settings = [OPTIONS.get(name, {}) for name in providers]
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        session = ort.InferenceSession(str(path), options, providers, settings)
     except ort_errors() as error:
         raise BuildFailed(
             f"onnxruntime {ort.__version__} does not accept {path}: {first_line(error)}; build "
