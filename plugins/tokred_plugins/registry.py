@@ -12,7 +12,7 @@ from tokred_plugins.causal_conv1d.kernel import CAUSAL_CONV1D
 from tokred_plugins.embed_rms_norm.kernel import EMBED_RMS_NORM
 from tokred_plugins.gated_rms_norm.kernel import GATED_RMS_NORM, GATED_RMS_NORM_SCORES
 from tokred_plugins.kernels import Call, Kernel, Spec, Tactic
-from tokred_plugins.linear.kernel import LINEAR, LINEAR_ADD, LINEAR_FEW
+from tokred_plugins.linear.kernel import LINEAR, LINEAR_FEW
 from tokred_plugins.ssd_scan.launches import (
     SSD_CHUNK_SCAN,
     SSD_CHUNK_STATE,
@@ -32,8 +32,7 @@ KERNELS: dict[str, Kernel] = {
         ADD_RMS_NORM, EMBED_RMS_NORM, GATED_RMS_NORM, GATED_RMS_NORM_SCORES, CAUSAL_CONV1D,
         SSD_STEPS, SSD_SCAN, SSD_CHUNK_STATE, SSD_PASS, SSD_CHUNK_SCAN, TOKEN_IMPORTANCE,
         TOKEN_SPLIT_RANK, TOKEN_SPLIT, TOKEN_SPLIT_SEARCH, TOKEN_NORM, TOKEN_MATCH,
-        TOKEN_MATCH_BEST, TOKEN_LINK_RANK, TOKEN_LINK, TOKEN_REDUCE, LINEAR, LINEAR_ADD,
-        LINEAR_FEW,
+        TOKEN_MATCH_BEST, TOKEN_LINK_RANK, TOKEN_LINK, TOKEN_REDUCE, LINEAR, LINEAR_FEW,
     )
 }
 

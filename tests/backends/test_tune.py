@@ -23,12 +23,11 @@ class FakeDevice:
     fastest = 256  # threads
     loads = 0
     cuda_version = 13000
-    wrong = ()  # blocks whose code leaves its last output as it was
+    wrong = ()  # blocks whose code leaves the output as it was
 
     def __init__(self):
         self.launched = []
         self.memory = {}
-        self.values = {}  # of what was filled: outputs
         FakeDevice.loads = 0
 
     def load_kernel(self, ptx, entry, shared):
@@ -39,7 +38,7 @@ class FakeDevice:
         FakeDevice.loads -= 1
 
     def allocate(self, size):
-        address = (len(self.memory) + 1) << 40
+        address = 4096 * (len(self.memory) + 1)
         self.memory[address] = size
         return address
 
@@ -52,19 +51,18 @@ class FakeDevice:
 
     def launch(self, kernel, grid, block, shared, arguments):
         self.launched.append((grid, block, arguments))
-        written = [a for a in arguments if a in self.values]
-        for address in written[:-1] if block in FakeDevice.wrong else written:
-            self.values[address] = 0x3C  # 0x3C3C is a float16 near one
+        if block not in FakeDevice.wrong:
+            self.value = 0x3C  # 0x3C3C is a float16 near one
 
     def fill(self, address, value, size):
         assert size <= self.memory[address]
-        self.values[address] = value
+        self.value = value
 
     def synchronize(self):
         pass
 
     def download(self, address, array):
-        array[:] = self.values[address >> 40 << 40]
+        array[:] = self.value
 
     def elapsed_ms(self, work):
         work()
@@ -152,36 +150,6 @@ def test_a_tactic_that_errs_is_not_taken(device, monkeypatch):
     monkeypatch.setattr(FakeDevice, "wrong", (FakeDevice.fastest,))
     best = tune.Tuner(90).best(product(700))
     assert best.tactic.num_warps * 32 != FakeDevice.fastest
-
-
-def added(length, batch=2, columns=768):
-    """One launch of a product that adds to the residual stream and has three outputs."""
-    stream = linear.Stream(Spec((batch, length, columns), "fp32"), Spec((columns,), "fp16"))
-    weight = Spec((1536, columns), "fp16")
-    return linear.calls(Spec((batch, length, 1536), "fp16"), weight, stream=stream)[0]
-
-
-def test_every_output_is_compared(device, monkeypatch):
-    """Of three, the last one alone is wrong."""
-    fastest = tune.Tuner(90).best(added(700))
-    assert fastest.tactic.num_warps * 32 == FakeDevice.fastest
-    _, _, arguments = device[0].launched[0]
-    assert len(arguments) == 4 + 1 + 3 and arguments[4] == np.int32(700)
-    monkeypatch.setattr(FakeDevice, "fastest", 128)
-    monkeypatch.setattr(FakeDevice, "wrong", (128,))
-    best = tune.Tuner(90).best(added(700))
-    assert best.tactic.num_warps * 32 == 256
-
-
-def test_rows_that_wait_for_their_norm(device):
-    """The product that divides them is measured with sums of squares, which are positive."""
-    unnormed = linear.Unnormed(Spec((2, 700, 12), "fp32"), 1e-5, linear.HEADROOM)
-    x, weight = Spec((2, 700, 768), "fp16"), Spec((768, 3352), "fp16")
-    (call,) = linear.calls(x, weight, unnormed=unnormed)
-    assert tune.Tuner(90).best(call) in candidates(call)
-    assert max(device[0].memory.values()) >= 2 * 700 * 12 * 4
-    squares = tune._random_bytes(4096, "fp32", True).view(np.float32)
-    assert (squares >= 0).all() and squares.max() > 0
 
 
 def test_a_kernel_that_writes_nothing_is_no_engine(device, monkeypatch):

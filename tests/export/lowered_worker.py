@@ -5,8 +5,9 @@ is the file node by node, in its order, by the names on its edges; nothing of ``
 
     lowered_worker.py JOBS.json     a list of {"calls", "feeds", "file", "out"}, all paths
 
-The calls of the kernels of ``file`` are read from ``calls``, by node name: a "launcher" file
-carries machine code, which only a GPU runs.
+The calls of the kernels of ``file`` are read from ``calls``, a "quick" file of the same graph, by
+node name: a "launcher" file carries machine code, which only a GPU runs. Its products have no node
+there; their calls are made anew from the shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from onnx.reference import ReferenceEvaluator
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
 
 from gpu_cases import require_kernels
-from tokred_plugins.kernels import Call, launch
+from tokred_plugins.kernels import Call, Spec, launch
+from tokred_plugins.linear import kernel as linear
 from tokred_plugins.registry import call_from_json
 
 
@@ -37,11 +39,23 @@ def run_file(path: str, calls: Mapping[str, Call], feeds: Mapping[str, np.ndarra
     for node in model.graph.node:
         given = [values[name] for name in node.input]
         if node.domain == "tokred":
-            made = run_kernel(calls[node.name], given)
+            call = calls.get(node.name) or product_call(node, *given)
+            made = run_kernel(call, given)
         else:
             made = run_standard(node, given, model)
         values.update(zip(node.output, made, strict=True))
     return {value.name: values[value.name] for value in model.graph.output}
+
+
+def product_call(node: onnx.NodeProto, x: np.ndarray, weight: np.ndarray) -> Call:
+    """The call of a product, which only a "launcher" file has as a kernel."""
+    fields = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert fields["kernel"].decode().startswith("linear")
+    # No width here is a depth too, so that the shapes tell how the weight is stored.
+    turned = weight.shape[0] != x.shape[2]
+    specs = (Spec(array.shape, "fp32") for array in (x, weight))
+    (call,) = linear.calls(*specs, turned, list(fields["output_ranks"]) == [1])
+    return call
 
 
 def run_kernel(call: Call, given: list[np.ndarray]) -> list[np.ndarray]:
@@ -72,8 +86,12 @@ def run_standard(
 
 
 def calls_of(path: str) -> dict[str, Call]:
-    """Name of a node -> its call."""
-    return {name: call_from_json(text) for name, text in json.loads(Path(path).read_text()).items()}
+    """The call of every kernel node of a "quick" file, by the node's name."""
+    return {
+        node.name: call_from_json(attribute.s.decode())
+        for node in onnx.load(path, load_external_data=False).graph.node
+        for attribute in node.attribute if attribute.name == "call"
+    }
 
 
 def main() -> None:

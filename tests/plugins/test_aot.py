@@ -22,12 +22,12 @@ from tokred_plugins.aot import (
 WORKER = Path(__file__).parent / "aot_worker.py"
 KERNELS = {
     "add_rms_norm", "embed_rms_norm", "gated_rms_norm", "gated_rms_norm_scores",
-    "causal_conv1d", "ssd_steps", "ssd_scan", "ssd_chunk_state", "ssd_pass", "ssd_chunk_scan",
+    "causal_conv1d", "linear", "linear_few",
+    "ssd_steps", "ssd_scan", "ssd_chunk_state", "ssd_pass", "ssd_chunk_scan",
     "token_importance", "token_split_rank", "token_split", "token_split_search",
     "token_norm", "token_match", "token_match_best", "token_link_rank", "token_link",
     "token_reduce",
 }
-PRODUCTS = {"linear", "linear_add", "linear_few"}  # TensorRT's own beside quick plugins
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,9 @@ def entry_types(kernel: Compiled) -> list[str]:
 def test_all_kernels_for_all_targets(compiled):
     """Every kernel, every target, one of each pair."""
     found = [(kernel.name, kernel.target) for kernel, _ in compiled if not kernel.scratch]
-    assert sorted(found) == sorted((k, t) for k in KERNELS | PRODUCTS for t in PTX_VERSIONS)
+    assert sorted(found) == sorted((k, t) for k in KERNELS for t in PTX_VERSIONS)
     described = [(kernel.name, kernel.target) for kernel, _ in compiled if kernel.scratch]
-    assert sorted(described) == sorted(
-        (name, sm) for name in ("linear", "linear_add") for sm in PTX_VERSIONS if sm >= 90
-    )
+    assert sorted(described) == [("linear", sm) for sm in PTX_VERSIONS if sm >= 90]
 
 
 def test_parameters_are_inputs_extras_outputs(compiled):

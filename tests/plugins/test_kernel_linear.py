@@ -12,7 +12,6 @@ require_kernels()
 
 from tokred_plugins.kernels import Spec, run, spec_of  # noqa: E402
 from tokred_plugins.linear import kernel as linear  # noqa: E402
-from tokred_plugins.linear.kernel import Stream, Unnormed  # noqa: E402
 from tokred_plugins.retune import candidates  # noqa: E402
 
 # Small tiles, which the interpreter can do; a GPU tries all that fit it.
@@ -82,82 +81,6 @@ def test_few_rows(batch, length, turned, dtype):
         check((batch, length), 50, 130, turned, tactic, dtype)
 
 
-def fused(shape, inner, columns, tactic, dtype, part):
-    """A product of rows that are not normed yet, or one that is added to a residual stream: its
-    results, and what float64 makes of the same."""
-    x = make(1, *shape, inner, dtype=dtype)
-    weight = make(2, columns, inner, dtype=dtype)
-    given = {"x": x, "weight": weight}
-    y = x.double().cpu() @ weight.double().cpu().T
-    unnormed = stream = None
-    if part == "unnormed":  # any sums will do: the kernel knows of no others
-        squares = make(3, *shape, 27).square()
-        given["squares"] = squares
-        unnormed = Unnormed(spec_of(squares), 0.25, 4.0)
-        y *= 4 / (squares.double().cpu().sum(2, keepdim=True) / inner + 0.25).sqrt()
-    if part == "stream":
-        given["residual"] = make(4, *shape, columns, scale=20)
-        given["norm_weight"] = make(5, columns, dtype=dtype)
-        stream = Stream(spec_of(given["residual"]), spec_of(given["norm_weight"]))
-    (call,) = linear.calls(
-        spec_of(x), spec_of(weight), True, tactics={"linear": tactic, "linear_add": tactic},
-        unnormed=unnormed, stream=stream,
-    )
-    made = run((call,), given)
-    if stream is None:
-        return made, {"y": y}
-    total = y + given["residual"].double().cpu()
-    scaled = total * given["norm_weight"].double().cpu() / 16
-    return made, {"residual_out": total, "weighted": scaled, "squares": total.square()}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("part", ["unnormed", "stream"])
-@pytest.mark.parametrize(
-    ("length", "inner", "columns"), [(40, 72, 136), (150, 64, 256), (33, 40, 8)]
-)
-def test_norms_beside_products(length, inner, columns, part, dtype):
-    """Rows are normed after the product, and their squares summed after the one before."""
-    own = (linear.LINEAR_ADD if part == "stream" else linear.LINEAR).tactics
-    few = [own[-1], next(t for t in own if t.blocks["PROGRAMS"] > 132)]
-    for tactic in own if ON_GPU else few:
-        if dtype == torch.float32 and (
-            max(tactic.blocks["BLOCK_M"], tactic.blocks["BLOCK_N"]) > 64
-            or tactic.blocks["PROGRAMS"]
-        ):
-            continue
-        made, expected = fused((2, length), inner, columns, tactic, dtype, part)
-        assert made.keys() == expected.keys()
-        for name, value in expected.items():
-            if name == "squares":
-                assert made[name].shape == (2, length, -(-columns // 64))
-                pieces = value.split(64, dim=2)
-                value = torch.stack([piece.sum(2) for piece in pieces], dim=2)
-            close(made[name], value, TOLERANCE[dtype], f"{name} with {tactic}")
-
-
-def test_a_norm_between_two_products():
-    """Product, residual and norm, product: as eager PyTorch does them one after another."""
-    shape, width = (2, 40), 136
-    x, first, second = make(1, *shape, 48), make(2, width, 48), make(3, 24, width)
-    residual, norm_weight = make(4, *shape, width), make(5, width)
-    stream = Stream(spec_of(residual), spec_of(norm_weight))
-    tactics = {"linear_add": linear.LINEAR_ADD.tactics[-1], "linear": linear.LINEAR.tactics[-1]}
-    one = linear.calls(spec_of(x), spec_of(first), True, tactics=tactics, stream=stream)
-    given = {"x": x, "weight": first, "residual": residual, "norm_weight": norm_weight}
-    made = run(one, given)
-    unnormed = Unnormed(spec_of(made["squares"]), 1e-5, linear.HEADROOM)
-    weighted = spec_of(made["weighted"])
-    two = linear.calls(weighted, spec_of(second), True, tactics=tactics, unnormed=unnormed)
-    given = {"x": made["weighted"], "weight": second, "squares": made["squares"]}
-    got = run(two, given)["y"]
-    wide = [t.double().cpu() for t in (x, first, second, residual, norm_weight)]
-    total = wide[0] @ wide[1].T + wide[3]
-    normed = torch.nn.functional.rms_norm(total, (width,), wide[4], 1e-5)
-    close(got, normed @ wide[2].T, TOLERANCE[torch.float32], "y")
-    close(made["residual_out"], total, TOLERANCE[torch.float32], "residual_out")
-
-
 def test_the_head_is_flat():
     """One token a row gives [B, V]."""
     check((3, 1), 64, 96, True, linear.LINEAR_FEW.tactics[-1], torch.float32, flat=True)
@@ -179,13 +102,9 @@ def test_sums_are_float32():
 @pytest.mark.parametrize(
     ("x", "weight", "options"),
     [((2, 3, 8), (9, 4), {}), ((2, 3, 8), (8, 4), {"turned": True}),
-     ((2, 3, 8), (8, 4), {"flat": True}),
-     ((2, 3, 8), (8, 4), {"unnormed": Unnormed(Spec((2, 3, 1), "fp32"), 0.0)}),
-     ((2, 3, 8), (8, 4), {"stream": Stream(Spec((2, 3, 4), "fp32"), Spec((4,), "fp16"))}),
-     ((2, 30, 8), (8, 4), {"stream": Stream(Spec((2, 30, 4), "fp32"), Spec((4,), "fp16")),
-                           "unnormed": Unnormed(Spec((2, 30, 1), "fp32"), 0.0)})],
+     ((2, 3, 8), (8, 4), {"flat": True})],
 )
 def test_shapes_that_do_not_fit(x, weight, options):
-    """Depths that differ, a flat result of several tokens, norms where rows are few, and both."""
+    """Depths that differ, and a flat result of several tokens."""
     with pytest.raises(ValueError, match="cannot be multiplied"):
         linear.calls(Spec(x, "fp16"), Spec(weight, "fp16"), **options)

@@ -7,7 +7,7 @@ Two forms of the same graph come out:
                that the kernel's quick plugin needs to compile it inside the build
     launcher   TensorRT 8.6 to 10.14: nodes ``tokred::KernelLaunch`` that carry the PTX itself
                for the C++ plugin in ``plugins/launcher``, opset 17, and products with constants
-               as kernels too, with the norms beside them (:mod:`tokred_export.export.fuse`)
+               as kernels too
 
 No function bodies are left: a TensorRT that lacks the plugin refuses the file instead of
 quietly running something slower.
@@ -19,7 +19,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -27,11 +27,8 @@ from onnx_ir.passes import common as passes
 from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES, VERSION
 from tokred_plugins.kernel_faces import FACES, LINEAR, ONNX_NAMES
 from tokred_plugins.kernels import Call, Spec
-from tokred_plugins.linear.tensorrt import FEW as FEW_ROWS
-from tokred_plugins.linear.tensorrt import HEADROOM as LINEAR_HEADROOM
 
 from tokred_export.errors import BuildFailed, EnvironmentUnable
-from tokred_export.export.fuse import Between, norms_between_products
 from tokred_export.export.opset17 import to_opset_17
 
 if TYPE_CHECKING:
@@ -39,8 +36,6 @@ if TYPE_CHECKING:
 
 Form = Literal["quick", "launcher"]
 LAUNCH = "KernelLaunch"
-# Numbers of the residual stream from which on products do its norms along (float32: 24 MB).
-STREAM = 6 << 20
 
 _DTYPES = {
     ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16",
@@ -81,19 +76,14 @@ def lower(
     counts: Counter[str] = Counter()
     write = _quick_node if form == "quick" else _Launcher(sm, tune)
     scored = _scored_norms(model.graph)
-    between: dict[ir.Node, Between] = {}
-    if form == "launcher":
-        between = norms_between_products(model.graph, lambda node: _does_norms(node, batch))
-    unnormed: dict[ir.Node, Unnormed] = {}
-    done_along = {*scored.values(), *(norm for norm, _ in between.values())}
     for node in list(model.graph):
-        if node.domain == DOMAIN and node not in done_along:
+        if node.domain == DOMAIN and node not in scored.values():
             calls = _replace(model.graph, node, write, batch, sm, scored.get(node))
             counts.update(call.kernel.name for call in calls)
     model.functions.clear()
     if form == "launcher":
         for node in list(model.graph):
-            calls = _replace_product(model.graph, node, write, batch, between, unnormed)
+            calls = _replace_product(model.graph, node, write, batch)
             counts.update(call.kernel.name for call in calls)
         to_opset_17(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -140,35 +130,12 @@ def _scored_norms(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
     return found
 
 
-class Unnormed(NamedTuple):
-    """Rows that the product taking them divides by their root mean square.
-
-    Attributes:
-        squares: sums to a row's squares along its last dimension.
-        eps: of the norm.
-        undo: what the rows were divided by before.
-    """
-
-    squares: ir.Value
-    eps: float
-    undo: float
-
-
 def _replace_product(
-    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int,
-    between: Mapping[ir.Node, Between], unnormed: dict[ir.Node, Unnormed],
+    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int
 ) -> tuple[Call, ...]:
     """Put a kernel in the place of a product with a constant; other nodes stay as they are.
 
     TensorRT 8's own 16-bit products sum in float16 (see the op's README.md).
-
-    Args:
-        graph: is changed.
-        node: any.
-        write: makes the node of one launch.
-        batch: where the graph's is open.
-        between: norms that products do along.
-        unnormed: of products whose rows wait for their norm; what follows this one is added.
     """
     found = _product(node)
     if found is None:
@@ -176,38 +143,15 @@ def _replace_product(
     x, weight, attributes = found
     if not attributes["turned"]:
         weight, attributes = _turned(graph, weight), {**attributes, "turned": True}
-    tensors = {"x": x, "weight": weight}
-    if node in unnormed:
-        tensors["squares"], attributes["eps"], attributes["undo"] = unnormed[node]
-    norm, taker = between.get(node, (None, None))
-    if norm is not None:
-        tensors |= {"residual": norm.inputs[1], "norm_weight": norm.inputs[2]}
-    specs = {name: _spec(node, value, batch) for name, value in tensors.items()}
+    specs = {"x": _spec(node, x, batch), "weight": _spec(node, weight, batch)}
     (call,) = LINEAR.calls(specs, attributes)
-    outputs = [_value(f"{node.name}/0/{n}", spec, node) for n, spec in call.outputs.items()]
-    made = write(call, [tensors[n] for n in call.inputs], outputs)
+    (spec,) = call.outputs.values()
+    made = write(call, [x, weight], [_value(f"{node.name}/0/y", spec, node)])
     made.name = f"{node.name}/0/{call.kernel.name}"
-    old, at, results = [node], node, node.outputs
-    if norm is not None:
-        old, at, results = [node, norm], norm, norm.outputs
-        *outputs, squares = outputs
-        eps = float(norm.attributes["eps"].value)
-        unnormed[taker] = Unnormed(squares, eps, LINEAR_HEADROOM)
-    ir.convenience.replace_nodes_and_values(graph, at, old, [made], list(results), outputs)
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], [made], list(node.outputs), list(made.outputs)
+    )
     return (call,)
-
-
-def _does_norms(node: ir.Node, batch: int) -> bool:
-    """Whether the node becomes a product that does norms beside it along.
-
-    That is slower where rows are few: they stay in the GPU's cache until a norm reads them.
-    """
-    found = _product(node)
-    if found is None or found[0].shape[1] <= FEW_ROWS:
-        return False
-    inner, columns = reversed(found[1].shape) if found[2]["turned"] else found[1].shape
-    stream = min(inner, columns) * found[0].shape[1] * batch  # in_proj and out_proj widen
-    return stream >= STREAM
 
 
 def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, dict[str, bool]] | None:

@@ -7,27 +7,13 @@ from collections.abc import Mapping
 from tokred_plugins.faces import Attribute, Grid, KernelFace, Tuning
 from tokred_plugins.kernels import Call, Constant, Spec, cdiv
 
-# Up to so many rows a sequence the product reads little but the weights.
-FEW = 16
-# What the residual stream is divided by where it waits for its norm in 16 bits: finite up to
-# 10^6, and of full precision where a row's root mean square is above 10^-3.
-HEADROOM = 16.0
-
 
 def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
     """The launch for tensors of these shapes; see the kernel's own ``calls``."""
     from tokred_plugins.linear import kernel
 
-    unnormed = stream = None
-    if "squares" in specs:
-        unnormed = kernel.Unnormed(
-            specs["squares"], float(attributes["eps"]), float(attributes["undo"])
-        )
-    if "residual" in specs:
-        stream = kernel.Stream(specs["residual"], specs["norm_weight"])
     return kernel.calls(
-        specs["x"], specs["weight"], bool(attributes["turned"]), bool(attributes["flat"]),
-        unnormed=unnormed, stream=stream,
+        specs["x"], specs["weight"], bool(attributes["turned"]), bool(attributes["flat"])
     )
 
 
@@ -48,10 +34,9 @@ def few_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
 
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 FACE = KernelFace(
-    ("x", "weight", "squares", "residual", "norm_weight"), ("y",), calls,
+    ("x", "weight"), ("y",), calls,
     {
         "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS"), grid),
-        "linear_add": Tuning((*BLOCKS, "GROUP", "PROGRAMS"), grid),
         "linear_few": Tuning(BLOCKS, few_grid),
     },
 )
