@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
@@ -27,8 +28,9 @@ def every_call() -> Iterator[Call]:
     for length in (2048, 1):  # products of many rows, and of few
         yield from linear.calls(Spec((1, length, 768), "fp16"), Spec((768, 3352), "fp16"))
     small = [t for t in linear.LINEAR.tactics if t.blocks["PROGRAMS"]][-1]
+    split = replace(small, blocks={**small.blocks, "SPLIT": 2})
     yield from linear.calls(
-        Spec((1, 2048, 768), "fp16"), Spec((768, 3352), "fp16"), tactics={"linear": small}
+        Spec((1, 2048, 768), "fp16"), Spec((768, 3352), "fp16"), tactics={"linear": split}
     )
     for batch in (1, 8):  # some kernels are for few tokens, others for many
         for case in cases(MODELS["130m"], batch, 2048, "fp16"):

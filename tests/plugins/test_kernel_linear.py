@@ -52,11 +52,16 @@ def test_many_rows(length, inner, columns, turned, dtype):
     ("batch", "length", "inner", "columns"), [(2, 150, 72, 136), (3, 33, 64, 8), (1, 300, 200, 64)]
 )
 def test_descriptors(batch, length, inner, columns, turned, dtype):
-    """Sequences are one matrix there; programs that stay do several tiles, or none."""
-    for tactic in DESCRIPTORS if ON_GPU else DESCRIPTORS[-1:]:
-        blocks = {**tactic.blocks, "PROGRAMS": 3}
-        for picked in (replace(tactic, blocks=blocks), tactic)[: 2 if ON_GPU else 1]:
+    """Sequences are one matrix there; programs that stay do several tiles, or none, and the last
+    tiles whole or in pieces."""
+    small = [t for t in DESCRIPTORS if t.blocks["BLOCK_N"] == 64]
+    for tactic in DESCRIPTORS if ON_GPU else small:
+        for split in (1, 2):
+            blocks = {**tactic.blocks, "PROGRAMS": 3, "SPLIT": split}
+            picked = replace(tactic, blocks=blocks)
             check((batch, length), inner, columns, turned, picked, dtype)
+        if ON_GPU:
+            check((batch, length), inner, columns, turned, tactic, dtype)
 
 
 def test_what_descriptors_cannot_hold():

@@ -29,11 +29,11 @@ def linear_kernel(
     x, weight, length, y,
     K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPLIT: tl.constexpr,
 ):
     if PROGRAMS > 0:
         _by_descriptors(x, weight, length, y, K, N, TURNED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-                        PROGRAMS)
+                        PROGRAMS, SPLIT)
     else:
         _by_pointers(x, weight, length, y, K, N, TURNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                      GROUP)
@@ -44,7 +44,7 @@ def _by_descriptors(
     x, weight, length, y,
     K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPLIT: tl.constexpr,
 ):
     # One program a multiprocessor, each doing many tiles, fed by the tensor memory accelerator.
     # The rows of all sequences are one matrix; programs of the others have nothing to do.
@@ -52,23 +52,56 @@ def _by_descriptors(
         rows = length * tl.num_programs(2)
         tiles_m = tl.cdiv(rows, BLOCK_M)
         tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+        tiles = tiles_m * tiles_n
+        # The last tiles, which are fewer than programs, may be done in narrow pieces by all.
+        whole = tiles // PROGRAMS * PROGRAMS if SPLIT > 1 else tiles
         rows_of = tl.make_tensor_descriptor(x, [rows, K], [K, 1], [BLOCK_M, BLOCK_K])
-        result = tl.make_tensor_descriptor(y, [rows, N], [N, 1], [BLOCK_M, BLOCK_N])
-        if TURNED:
-            columns = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
-        else:
-            columns = tl.make_tensor_descriptor(weight, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
-        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        result, columns = _descriptors(
+            y, weight, rows, K, N, TURNED, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        for tile in tl.range(tl.program_id(0), whole, PROGRAMS, flatten=True):
             down, across = _place(tile, tiles_m, tiles_n, GROUP)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for at in range(0, K, BLOCK_K):
-                a = rows_of.load([down * BLOCK_M, at])
-                if TURNED:
-                    b = columns.load([across * BLOCK_N, at]).T
-                else:
-                    b = columns.load([at, across * BLOCK_N])
-                acc = tl.dot(a, b, acc=acc)
-            result.store([down * BLOCK_M, across * BLOCK_N], acc.to(y.dtype.element_ty))
+            _described_tile(rows_of, columns, result, down * BLOCK_M, across * BLOCK_N,
+                            K, TURNED, BLOCK_M, BLOCK_N, BLOCK_K)
+        if SPLIT > 1:
+            PIECE: tl.constexpr = BLOCK_N // SPLIT
+            narrow, few = _descriptors(y, weight, rows, K, N, TURNED, BLOCK_M, PIECE, BLOCK_K)
+            pieces = (tiles - whole) * SPLIT
+            for piece in tl.range(tl.program_id(0), pieces, PROGRAMS, flatten=True):
+                down, across = _place(whole + piece // SPLIT, tiles_m, tiles_n, GROUP)
+                column = across * BLOCK_N + piece % SPLIT * PIECE
+                _described_tile(rows_of, few, narrow, down * BLOCK_M, column,
+                                K, TURNED, BLOCK_M, PIECE, BLOCK_K)
+
+
+@triton.jit
+def _descriptors(
+    y, weight, rows, K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Of the result and of the weights, for tiles of one width."""
+    result = tl.make_tensor_descriptor(y, [rows, N], [N, 1], [BLOCK_M, BLOCK_N])
+    if TURNED:
+        columns = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    else:
+        columns = tl.make_tensor_descriptor(weight, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
+    return result, columns
+
+
+@triton.jit
+def _described_tile(
+    rows_of, columns, result, row, column, K: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for at in range(0, K, BLOCK_K):
+        a = rows_of.load([row, at])
+        if TURNED:
+            b = columns.load([column, at]).T
+        else:
+            b = columns.load([at, column])
+        acc = tl.dot(a, b, acc=acc)
+    result.store([row, column], acc.to(result.dtype))
 
 
 @triton.jit
@@ -140,9 +173,14 @@ def linear_few_kernel(
             tl.store(out, acc.to(y.dtype.element_ty), mask=in_m & in_n)
 
 
-def _tactic(m: int, n: int, k: int, warps: int, stages: int, programs: int = 0) -> Tactic:
-    """Tiles of m x n, k deep; ``programs`` that stay, with descriptors, or one a tile."""
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "PROGRAMS": programs}
+def _tactic(
+    m: int, n: int, k: int, warps: int, stages: int, programs: int = 0, split: int = 1
+) -> Tactic:
+    """Tiles of m x n, k deep; ``programs`` that stay, with descriptors, or one a tile; ``split``
+    pieces of each tile that would be one of too few in the end."""
+    blocks = {
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "PROGRAMS": programs, "SPLIT": split,
+    }
     return Tactic(blocks, warps, stages, since=90 if programs else 0)
 
 
@@ -154,7 +192,7 @@ LINEAR = Kernel(
             (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4),
             (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (256, 128, 64, 8, 3), (64, 64, 64, 4, 4),
             (128, 256, 64, 8, 3, 132), (256, 128, 64, 8, 3, 132), (128, 128, 64, 8, 4, 132),
-            (64, 256, 64, 4, 4, 132), (64, 64, 64, 4, 3, 528),
+            (128, 256, 64, 8, 3, 132, 4), (64, 256, 64, 4, 4, 132), (64, 64, 64, 4, 3, 528),
             (128, 128, 32, 4, 3), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2),
         )
     ),

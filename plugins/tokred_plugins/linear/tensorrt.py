@@ -36,7 +36,7 @@ BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 FACE = KernelFace(
     ("x", "weight"), ("y",), calls,
     {
-        "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS"), grid),
+        "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS", "SPLIT"), grid),
         "linear_few": Tuning(BLOCKS, few_grid),
     },
 )
