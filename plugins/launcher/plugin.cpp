@@ -277,6 +277,12 @@ extern "C" __attribute__((visibility("default"))) IPluginCreator* const* getPlug
     return creators;
 }
 
+// Read from the file, without loading it: into another major release it could only crash.
+#define TOKRED_TEXT_OF(x) #x
+#define TOKRED_TEXT(x) TOKRED_TEXT_OF(x)
+extern "C" __attribute__((visibility("default"))) char const tokredLauncherRelease[]
+    = "tokred launcher for TensorRT " TOKRED_TEXT(NV_TENSORRT_MAJOR) "." TOKRED_TEXT(NV_TENSORRT_MINOR);
+
 extern "C" __attribute__((visibility("default"))) void setLoggerFinder(ILoggerFinder* finder) {
     gLoggerFinder = finder;
 }

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from launcher_stage import CHAR, DATA_TYPES, INT32, SOURCES, expected_launch
 
+from tokred_export.runtime.trt import launcher_release
+
 
 def test_creator_lists_what_lower_writes(stage, built, fields):
     """TensorRT's parser passes on the attributes that the creator names, in its types."""
@@ -26,6 +28,12 @@ def test_creator_lists_what_lower_writes(stage, built, fields):
     kinds = {n: CHAR if isinstance(v, str) else INT32 for n, v in written.items()
              if n not in ("plugin_namespace", "plugin_version")}
     assert sorted(listed) == sorted(f"{n}={kind}" for n, kind in kinds.items())
+
+
+@pytest.mark.parametrize("major", [8, 10])
+def test_library_names_its_release(built, major):
+    """In the file itself: loading it into another major release could only crash."""
+    assert launcher_release(built / f"plugin{major}.so") == (major, 6)
 
 
 @pytest.mark.parametrize("major", [8, 10])

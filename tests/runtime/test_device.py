@@ -85,7 +85,10 @@ def everything():
     device.replay(graph)
     device.synchronize()
     device.destroy_graph(graph)
+    device.begin_capture()
+    device.abandon_capture()
     device.free(address)
+    device.destroy_stream()
 
 
 FUNCTIONS = [
@@ -94,7 +97,7 @@ FUNCTIONS = [
     "cuDriverGetVersion", "cuMemGetInfo", "cuMemAlloc", "cuMemsetD8Async",
     "cuMemcpyHtoDAsync", "cuMemcpyDtoH", "cuStreamBeginCapture",
     "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphDestroy", "cuGraphLaunch",
-    "cuStreamSynchronize", "cuGraphExecDestroy", "cuMemFree",
+    "cuStreamSynchronize", "cuGraphExecDestroy", "cuMemFree", "cuStreamDestroy",
 ]
 
 
@@ -112,6 +115,34 @@ def test_every_refusal_names_the_call(driver, name):
         everything()
 
 
+def test_time_between_events(driver, monkeypatch):
+    """By the function that every driver has: cuda-bindings ask for a newer form of it."""
+    asked = []
+
+    class Library:
+        def cuEventElapsedTime(self, taken, first, second):
+            taken._obj.value = 1.5
+            asked.append((first.value, second.value))
+            return 700 if len(asked) > 1 else 0
+
+    monkeypatch.setattr("tokred_export.runtime.device.ctypes.CDLL", lambda name: Library())
+    device, done = Device(), []
+    assert device.elapsed_ms(lambda: done.append(1)) == 1.5
+    assert asked == [(1, 2)] and done == [1]
+    assert driver.calls["cuEventRecord"] == driver.calls["cuEventDestroy"] == 2
+    with pytest.raises(EnvironmentUnable, match="refuses cuEventElapsedTime: error 700"):
+        device.elapsed_ms(lambda: None)
+
+
+def test_a_recording_that_failed(driver):
+    """There is nothing to give back then, and nothing to say a second time."""
+    device = Device()
+    device.begin_capture()
+    driver.failing["cuStreamEndCapture"] = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS, 1
+    device.abandon_capture()
+    assert driver.calls["cuGraphDestroy"] == 0 and not driver.recordings
+
+
 def test_no_device(driver):
     """A driver without a device is no error of the driver's."""
     driver.devices = 0
@@ -126,7 +157,7 @@ def test_no_driver(driver):
         raise RuntimeError("Failed to dlopen libcuda.so.1")
 
     driver.cuInit = missing
-    with pytest.raises(EnvironmentUnable, match=r"for cuInit \(Failed to dlopen libcuda\.so\.1\)"):
+    with pytest.raises(EnvironmentUnable, match=r"for cuInit \(Failed .*\): .*cuda-bindings<13"):
         Device()
 
 

@@ -7,12 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tokred_export.errors import BundleError, EnvironmentUnable, InvalidRequest
+from tokred_export.runtime import remote
 from tokred_export.runtime.remote import RemoteRunner
 
 ROOT = Path(__file__).parents[2]
@@ -231,13 +234,75 @@ def test_python_that_is_not_there(connect, exchange):
 def test_launcher_plugin(connect, tmp_path):
     """It is loaded before the plan, and one of another release is refused."""
     good, bad = tmp_path / "good.so", tmp_path / "bad.so"
-    good.write_text("launcher for 10.9.0.34")
-    bad.write_text("launcher for 8.6.0")
+    good.write_text("tokred launcher for TensorRT 10.9\0")
+    bad.write_text("tokred launcher for TensorRT 8.6\0")
     check_run(connect(launcher=good, version="10.9.0.34"))
+    with pytest.raises(EnvironmentUnable, match=r"bad\.so was compiled for TensorRT 8\.6, and th"):
+        connect(launcher=bad, version="10.9.0.34")
+    bad.write_text("tokred launcher for TensorRT 10.3\0")
     with pytest.raises(EnvironmentUnable, match=r"does not load the launcher plugin .*bad\.so"):
+        connect(launcher=bad, version="10.9.0.34")
+    bad.write_text("a library of somebody else")
+    with pytest.raises(EnvironmentUnable, match=r"bad\.so was compiled for no TensorRT that it na"):
         connect(launcher=bad, version="10.9.0.34")
     with pytest.raises(EnvironmentUnable, match=r"no launcher plugin at .*none\.so"):
         connect(launcher=tmp_path / "none.so")
+
+
+def test_threads_take_turns(connect):
+    """Each gets the outputs of its own inputs."""
+    runner = connect(version="10.9.0.34")
+
+    def ask(batch):
+        given = feeds(batch)
+        return all(np.array_equal(runner.run(given)["y1"], given["x1"]) for _ in range(10))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(ask, (1, 2, 3, 4)))
+
+
+def test_an_answer_that_nobody_waited_for(connect, monkeypatch):
+    """An interrupted request ends the process: its answer would be taken for the next one's."""
+    runner = connect(version="10.9.0.34")
+    check_run(runner)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_answer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.latencies(1)
+    for ask in (runner.memory_bytes, lambda: runner.run(feeds())):
+        with pytest.raises(EnvironmentUnable, match="ended with status -9"):
+            ask()
+
+
+@pytest.mark.parametrize("full", ["here", "there"])
+def test_arrays_that_find_no_room(connect, exchange, full, monkeypatch):
+    """The folder is named, and the process lives on."""
+    runner = connect(version="10.9.0.34")
+    check_run(runner)
+    name = {"here": "in-1.npy", "there": "out-1.npy"}[full]
+    (runner._folder / name).unlink()
+    (runner._folder / name).mkdir()
+    said = rf"cannot be exchanged in {runner._folder} .*TMPDIR"
+    with pytest.raises(EnvironmentUnable, match=said):
+        runner.run(feeds())
+    (runner._folder / name).rmdir()
+    check_run(runner)
+
+
+def test_shared_memory_that_is_small(monkeypatch):
+    """64 MB, as a container has, would not hold the outputs of a batch."""
+    sizes = {"free": 64 << 20}
+    monkeypatch.setattr(remote.os.path, "isdir", lambda path: path == "/dev/shm")
+    monkeypatch.setattr(
+        remote.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=sizes["free"])
+    )
+    assert remote._exchange() is None
+    sizes["free"] = 8 << 30
+    assert remote._exchange() == "/dev/shm"
 
 
 # --- the end -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from fake_bundle import COMMAND, MODEL, make_bundle
+from fake_launcher import launcher_text
 
 from tokred_export.backends.common import EngineInfo, Gpu, write_engine
 from tokred_export.bundle import read_bundle
@@ -53,7 +54,7 @@ def with_engines(target, *changes, plan=None):
             place = folder / "engines" / f"tensorrt-{index}"
             place.mkdir(parents=True)
             (place / f"{NAME}.plan").write_text(json.dumps(plan or {"io": [], "layers": []}))
-            (place / LAUNCHER_FILE).write_text(f"launcher for {VERSION}")
+            (place / LAUNCHER_FILE).write_text(launcher_text(VERSION))
             digest = hash_file(folder / f"{NAME}.onnx").sha256
             info = EngineInfo(
                 backend="tensorrt", version=VERSION, component=NAME, file=f"{NAME}.plan",

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+LIBRARY = "libcuda.so.1"
+
+
 class Gpu(NamedTuple):
     """The device in use: name, compute capability times ten, and bytes of its memory."""
 
@@ -40,7 +43,10 @@ def load_driver() -> ModuleType:
 
 
 class Device:
-    """The first CUDA device, its primary context made current in this thread."""
+    """The first CUDA device, its primary context made current in this thread.
+
+    In others :meth:`make_current` comes first.
+    """
 
     def __init__(self) -> None:
         self.driver = load_driver()
@@ -49,9 +55,14 @@ class Device:
             raise EnvironmentUnable("there is no CUDA device here, expected an NVIDIA GPU")
         self._device = self._call("cuDeviceGet", 0)
         # TensorRT runs in the primary context too.
-        self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._device))
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self.make_current()
         # Non-blocking: nothing waits for the legacy stream, and it can be captured.
         self.stream = self._call("cuStreamCreate", 1)
+
+    def make_current(self) -> None:
+        """Let this thread use the device."""
+        self._call("cuCtxSetCurrent", self._context)
 
     @property
     def gpu(self) -> Gpu:
@@ -109,11 +120,22 @@ class Device:
         """Wait for the stream."""
         self._call("cuStreamSynchronize", self.stream)
 
+    def destroy_stream(self) -> None:
+        """Give the stream back; the device is of no use then."""
+        self._call("cuStreamDestroy", self.stream)
+
     def begin_capture(self) -> None:
         """From here on the stream's work is recorded, not done."""
         # Thread-local: what other threads of the process do meanwhile is their own affair.
         mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self.stream, mode)
+
+    def abandon_capture(self) -> None:
+        """Record no more, and forget what was recorded."""
+        # Whatever made the recording useless was said before.
+        status, graph = self.driver.cuStreamEndCapture(self.stream)
+        if status == self.driver.CUresult.CUDA_SUCCESS:
+            self._call("cuGraphDestroy", graph)
 
     def end_capture(self) -> object:
         """The recorded work, ready to be launched."""
@@ -167,10 +189,22 @@ class Device:
         work()
         self._call("cuEventRecord", events[1], self.stream)
         self._call("cuEventSynchronize", events[1])
-        taken = self._call("cuEventElapsedTime", *events)
+        taken = self._between(*events)
         for event in events:
             self._call("cuEventDestroy", event)
-        return float(taken)
+        return taken
+
+    def _between(self, first: object, second: object) -> float:
+        """Milliseconds between two events that have passed."""
+        # cuda-bindings 12.8 and later ask for a second form of this function, which older drivers
+        # (all of JetPack 6) do not have; every driver has the first.
+        taken = ctypes.c_float()
+        status = ctypes.CDLL(LIBRARY).cuEventElapsedTime(
+            ctypes.byref(taken), ctypes.c_void_p(int(first)), ctypes.c_void_p(int(second))
+        )
+        if status:
+            raise EnvironmentUnable(f"the CUDA driver refuses cuEventElapsedTime: error {status}")
+        return taken.value
 
     def _call(self, name: str, *arguments: object) -> object:
         """A driver function's result; its status is checked.
@@ -182,7 +216,9 @@ class Device:
             status, *values = getattr(self.driver, name)(*arguments)
         except RuntimeError as error:  # cuda-bindings looks for the driver's library only now
             raise EnvironmentUnable(
-                f"the CUDA driver cannot be called for {name} ({error}): install NVIDIA's driver"
+                f"the CUDA driver cannot be called for {name} ({error}): install NVIDIA's driver, "
+                "or a cuda-bindings that is not newer than it (for CUDA 12 drivers: "
+                "pip install 'cuda-bindings<13')"
             ) from error
         if status != self.driver.CUresult.CUDA_SUCCESS:
             raise EnvironmentUnable(

@@ -8,21 +8,27 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from tokred_export.errors import BundleError, EnvironmentUnable, InvalidRequest, TokredError
-from tokred_export.runtime.serve import read_arrays, write_arrays
+from tokred_export.runtime.serve import no_exchange, read_arrays, write_arrays
 
+# Outputs of a large batch can be a gigabyte; a container's shared memory is 64 MB where nobody
+# asked for more.
+_ROOMY = 4 << 30
 _KINDS = {kind.exit_code: kind for kind in (InvalidRequest, EnvironmentUnable, BundleError)}
 
 
 class RemoteRunner:
     """A :class:`tokred_export.runtime.trt.TrtRunner` in a process of its own; close it after use.
+
+    Threads take turns.
 
     Raises:
         EnvironmentUnable: TensorRT or a GPU is missing there, or the process ends.
@@ -37,9 +43,8 @@ class RemoteRunner:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.source = plan
-        # Memory rather than disk where there is such a folder: outputs can be a gigabyte.
-        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self._folder = Path(tempfile.mkdtemp(prefix="tokred-", dir=shared))
+        self._folder = Path(tempfile.mkdtemp(prefix="tokred-", dir=_exchange()))
+        self._turn = threading.Lock()
         read, write = os.pipe()
         self._answers = os.fdopen(read)
         command = [python, "-m", "tokred_export.runtime.serve", str(write), str(plan)]
@@ -71,24 +76,23 @@ class RemoteRunner:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the engine once on inputs by name; return every output by name."""
-        names = write_arrays(self._folder, dict(feeds))
-        return self._arrays({"do": "run", "names": names})
+        return self._arrays({"do": "run"}, dict(feeds))
 
     def replayed(self) -> dict[str, np.ndarray]:
         """What the last repetition of :meth:`latencies` left in the outputs."""
-        return self._arrays({"do": "replayed"})
+        return self._arrays({"do": "replayed"}, {})
 
     def latencies(self, count: int, graph: bool = True) -> list[float]:
         """Milliseconds of ``count`` repetitions of the last run, inputs on the device."""
-        return self._ask({"do": "latencies", "count": count, "graph": graph})["ms"]
+        return self._alone({"do": "latencies", "count": count, "graph": graph})["ms"]
 
     def profile(self, count: int) -> dict[str, float]:
         """Mean milliseconds of each layer."""
-        return self._ask({"do": "profile", "count": count})["ms"]
+        return self._alone({"do": "profile", "count": count})["ms"]
 
     def memory_bytes(self) -> int:
         """Device memory that the engine takes."""
-        return self._ask({"do": "memory"})["bytes"]
+        return self._alone({"do": "memory"})["bytes"]
 
     def close(self) -> None:
         """End the process and give its memory back; again changes nothing."""
@@ -100,17 +104,33 @@ class RemoteRunner:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _arrays(self, request: dict) -> dict[str, np.ndarray]:
-        names: Sequence[str] = self._ask({**request, "folder": str(self._folder)})["names"]
-        return read_arrays(self._folder, list(names))
+    def _arrays(self, request: dict, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Ask for arrays, with some."""
+        with self._turn:
+            try:
+                names = write_arrays(self._folder, "in", given)
+            except OSError as error:
+                raise EnvironmentUnable(no_exchange(self._folder, error)) from error
+            answer = self._ask({**request, "names": names, "folder": str(self._folder)})
+            return read_arrays(self._folder, "out", answer["names"])
+
+    def _alone(self, request: dict) -> dict[str, Any]:
+        with self._turn:
+            return self._ask(request)
 
     def _ask(self, request: dict) -> dict[str, Any]:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
+            return self._answer()
         except BrokenPipeError as error:
             raise EnvironmentUnable(self._ended()) from error
-        return self._answer()
+        except TokredError:
+            raise
+        except BaseException:
+            # Nobody would know which request the next answer is to.
+            self._process.kill()
+            raise
 
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()
@@ -127,6 +147,12 @@ class RemoteRunner:
             f"the process that runs {self.source.name} ended with status {code}; what it said "
             "stands above"
         )
+
+
+def _exchange() -> str | None:
+    """Where arrays are exchanged: memory, where there is enough of it to be had as files."""
+    shared = "/dev/shm"
+    return shared if os.path.isdir(shared) and shutil.disk_usage(shared).free >= _ROOMY else None
 
 
 def _end(process: subprocess.Popen[str], answers: TextIO, folder: Path) -> None:

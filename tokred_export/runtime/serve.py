@@ -14,20 +14,28 @@ from pathlib import Path
 
 import numpy as np
 
-from tokred_export.errors import TokredError
+from tokred_export.errors import EnvironmentUnable, TokredError
 from tokred_export.runtime.trt import TrtRunner
 
 
-def write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> list[str]:
-    """Arrays as numbered files; their names in that order."""
+def write_arrays(folder: Path, way: str, arrays: dict[str, np.ndarray]) -> list[str]:
+    """Arrays as numbered files, "in" or "out"; their names in that order."""
     for index, array in enumerate(arrays.values()):
-        np.save(folder / f"{index}.npy", array)
+        np.save(folder / f"{way}-{index}.npy", array)
     return list(arrays)
 
 
-def read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+def read_arrays(folder: Path, way: str, names: list[str]) -> dict[str, np.ndarray]:
     """What :func:`write_arrays` wrote."""
-    return {name: np.load(folder / f"{index}.npy") for index, name in enumerate(names)}
+    return {name: np.load(folder / f"{way}-{index}.npy") for index, name in enumerate(names)}
+
+
+def no_exchange(folder: Path, error: OSError) -> str:
+    """Inputs or outputs that cannot be written."""
+    return (
+        f"inputs and outputs of the engine cannot be exchanged in {folder} ({error}): free memory "
+        "or disk there, or name another folder in TMPDIR"
+    )
 
 
 def answer(runner: TrtRunner, request: dict) -> dict:
@@ -35,9 +43,10 @@ def answer(runner: TrtRunner, request: dict) -> dict:
     what = request["do"]
     folder = Path(request.get("folder", "."))
     if what == "run":
-        return {"names": write_arrays(folder, runner.run(read_arrays(folder, request["names"])))}
+        made = runner.run(read_arrays(folder, "in", request["names"]))
+        return {"names": write_arrays(folder, "out", made)}
     if what == "replayed":
-        return {"names": write_arrays(folder, runner.replayed())}
+        return {"names": write_arrays(folder, "out", runner.replayed())}
     if what == "latencies":
         return {"ms": runner.latencies(request["count"], request["graph"])}
     if what == "profile":
@@ -69,6 +78,9 @@ def main() -> int:
             say(answer(runner, json.loads(line)))
         except TokredError as error:
             say({"error": str(error), "exit_code": error.exit_code})
+        except OSError as error:
+            said = no_exchange(Path(json.loads(line).get("folder", ".")), error)
+            say({"error": said, "exit_code": EnvironmentUnable.exit_code})
     return 0
 
 

@@ -7,8 +7,12 @@ would run it, and timed.
 from __future__ import annotations
 
 import importlib
+import re
+import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +47,32 @@ def release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+# No output of a graph may be left of an earlier run: this is no value that one would have.
+_MARK = 0xA5
+_MADE_FOR = re.compile(rb"tokred launcher for TensorRT (\d+)\.(\d+)")
+
+
+def launcher_release(path: Path) -> tuple[int, int] | None:
+    """The TensorRT release that a launcher library was compiled for; None if it does not say."""
+    found = _MADE_FOR.search(path.read_bytes())
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def launcher_misfit(path: Path, version: str) -> str | None:
+    """Why the launcher library cannot go into this TensorRT, if so: plugin classes of another major
+    release are laid out differently, and TensorRT would crash."""
+    made_for = launcher_release(path)
+    if made_for is not None and made_for[0] == release(version)[0]:
+        return None
+    whose = "for no TensorRT that it names" if made_for is None else (
+        f"for TensorRT {made_for[0]}.{made_for[1]}"
+    )
+    return (
+        f"the launcher plugin {path} was compiled {whose}, and this is {version}: build "
+        "plugins/launcher again against this TensorRT's headers"
+    )
+
+
 def load_launcher(trt: ModuleType, path: Path) -> None:
     """Register the launcher plugin of ``path`` with TensorRT, once a process.
 
@@ -58,6 +88,9 @@ def load_launcher(trt: ModuleType, path: Path) -> None:
             "this TensorRT's headers (its README.md says how), and name the library in "
             "TOKRED_LAUNCHER"
         )
+    misfit = launcher_misfit(path, trt.__version__)
+    if misfit is not None:
+        raise EnvironmentUnable(misfit)
     if registry.load_library(str(path)) is None:
         raise EnvironmentUnable(
             f"TensorRT {trt.__version__} does not load the launcher plugin {path}: build it again "
@@ -65,8 +98,22 @@ def load_launcher(trt: ModuleType, path: Path) -> None:
         )
 
 
+def _one_at_a_time(method: Callable) -> Callable:
+    """Threads share one stream and one set of buffers, and take turns."""
+
+    @wraps(method)
+    def taking_turns(self: TrtRunner, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        with self._turn:
+            if not self._end.alive:
+                raise InvalidRequest(f"{self.source.name} was closed: open it again")
+            self.device.make_current()
+            return method(self, *args, **options)
+
+    return taking_turns
+
+
 class TrtRunner:
-    """An engine with its memory on the device."""
+    """An engine with its memory on the device, for any thread; close it after use."""
 
     def __init__(self, plan: Path, launcher: Path | None = None) -> None:
         self.trt = load_tensorrt()
@@ -91,7 +138,23 @@ class TrtRunner:
         self.input_names = tuple(n for n in names if self.engine.get_tensor_mode(n) == inputs)
         self.output_names = tuple(n for n in names if n not in self.input_names)
         self._memory: dict[str, tuple[int, int]] = {}  # name -> address, bytes
-        self._graph: object | None = None
+        self._graphs: list[object] = []  # the one of the last run, if there is one
+        self._turn = threading.RLock()
+        # Nobody need call close: it also happens when this object goes.
+        self._end = weakref.finalize(self, _give_back, self.device, self._memory, self._graphs)
+        self._end.atexit = False  # the process gives everything back
+
+    def close(self) -> None:
+        """Give the device's memory back; again changes nothing."""
+        with self._turn:
+            self._end()
+            self.context = self.engine = self._runtime = None
+
+    def __enter__(self) -> TrtRunner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _make_context(self) -> None:
         self.context = self.engine.create_execution_context()
@@ -100,6 +163,7 @@ class TrtRunner:
                 f"no memory for the activations of {self.source.name} on the GPU"
             )
 
+    @_one_at_a_time
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the engine once.
 
@@ -118,6 +182,7 @@ class TrtRunner:
             self.device.download(self._memory[name][0], array)
         return {name: self._as_float(name, array) for name, array in arrays.items()}
 
+    @_one_at_a_time
     def latencies(self, count: int, graph: bool = True) -> list[float]:
         """Milliseconds of ``count`` repetitions of the last run, each waited for.
 
@@ -132,23 +197,35 @@ class TrtRunner:
             EnvironmentUnable: the GPU cannot.
         """
         self._require_run()
-        if graph and self._graph is None:
-            self._enqueue()  # what an engine sets up at its first run must not be captured
-            self.device.synchronize()
-            self.device.begin_capture()
-            self._enqueue()
-            self._graph = self.device.end_capture()
+        if graph and not self._graphs:
+            self._record()
         taken = []
         for _ in range(count):
             begun = time.perf_counter_ns()
             if graph:
-                self.device.replay(self._graph)
+                self.device.replay(self._graphs[0])
             else:
                 self._enqueue()
             self.device.synchronize()
             taken.append((time.perf_counter_ns() - begun) / 1e6)
         return taken
 
+    def _record(self) -> None:
+        """Make a graph of the last run, and its outputs something that only a replay mends."""
+        self._enqueue()  # what an engine sets up at its first run must not be captured
+        self.device.synchronize()
+        self.device.begin_capture()
+        try:
+            self._enqueue()
+        except BaseException:
+            self.device.abandon_capture()  # or the stream would record for ever
+            raise
+        self._graphs.append(self.device.end_capture())
+        for name in self.output_names:
+            self.device.fill(self._memory[name][0], _MARK, self._memory[name][1])
+        self.device.synchronize()
+
+    @_one_at_a_time
     def replayed(self) -> dict[str, np.ndarray]:
         """What the outputs hold now: to check that a graph gives what a run gives."""
         self._require_run()
@@ -160,6 +237,7 @@ class TrtRunner:
             self.device.download(self._memory[name][0], array)
         return {name: self._as_float(name, array) for name, array in arrays.items()}
 
+    @_one_at_a_time
     def profile(self, count: int) -> dict[str, float]:
         """Mean milliseconds of each layer over ``count`` runs, one after another."""
         times: dict[str, float] = {}
@@ -235,9 +313,8 @@ class TrtRunner:
         return address
 
     def _forget_graph(self) -> None:
-        if self._graph is not None:
-            self.device.destroy_graph(self._graph)
-            self._graph = None
+        if self._graphs:
+            self.device.destroy_graph(self._graphs.pop())
 
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(int(self.device.stream)):
@@ -259,3 +336,15 @@ class TrtRunner:
 
     def _is_bfloat16(self, kind: Any) -> bool:  # noqa: ANN401  an enum of another package
         return kind == getattr(self.trt, "bfloat16", None)
+
+
+def _give_back(
+    device: Device, memory: dict[str, tuple[int, int]], graphs: list[object]
+) -> None:
+    """What a runner took of the device, but for TensorRT's own."""
+    device.make_current()
+    while graphs:
+        device.destroy_graph(graphs.pop())
+    while memory:
+        device.free(memory.popitem()[1][0])
+    device.destroy_stream()

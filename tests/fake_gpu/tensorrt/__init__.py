@@ -41,6 +41,8 @@ else:
 
 if _release < (11, 0):
     BuilderFlag = _enum("BuilderFlag", "FP16", "TF32", "OBEY_PRECISION_CONSTRAINTS")
+else:
+    BuilderFlag = _enum("BuilderFlag", "TF32")
 
 _NUMPY = {
     DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT32: np.int32,
@@ -77,8 +79,9 @@ class _Registry:
         self.plugin_creator_list = []
 
     def load_library(self, path):
-        with open(path, "rb") as file:
-            if file.read() != b"launcher for " + __version__.encode():
+        with open(path, "rb") as file:  # another major would crash
+            made_for = "tokred launcher for TensorRT {}.{}\0".format(*_release)
+            if made_for.encode() not in file.read():
                 return None
         self.plugin_creator_list.append(types.SimpleNamespace(name="KernelLaunch"))
         return "handle"
@@ -188,13 +191,11 @@ class _Config:
     def add_optimization_profile(self, profile):
         self.profile = profile.shapes
 
-    if _release < (11, 0):
+    def set_flag(self, flag):
+        self.set_flags.append(flag.name)
 
-        def set_flag(self, flag):
-            self.set_flags.append(flag.name)
-
-        def clear_flag(self, flag):
-            self.cleared_flags.append(flag.name)
+    def clear_flag(self, flag):
+        self.cleared_flags.append(flag.name)
 
     if _release < (10, 0):
 
@@ -363,8 +364,11 @@ class _Context:
                 return False
             self.profiler.report_layer_time("copy", 0.5)
             self.profiler.report_layer_time("count", 0.25)
-        driver.submit(lambda addresses=dict(self.addresses): self._copy(addresses))
-        return _trouble != "fails while running"
+        if not (driver.recordings and _trouble == "records nothing"):
+            driver.submit(lambda addresses=dict(self.addresses): self._copy(addresses))
+        return _trouble != "fails while running" and not (
+            driver.recordings and _trouble == "fails while recording"
+        )
 
     def _copy(self, addresses):
         self.engine.count += 1

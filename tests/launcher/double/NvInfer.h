@@ -9,6 +9,7 @@
 #ifndef NV_TENSORRT_MAJOR
 #define NV_TENSORRT_MAJOR 10
 #endif
+#define NV_TENSORRT_MINOR 6
 
 typedef struct CUstream_st* cudaStream_t;
 

@@ -78,6 +78,28 @@ def cuStreamCreate(flags):
     return _answer("cuStreamCreate", 42)
 
 
+def cuStreamDestroy(stream):
+    assert stream == 42
+    return _answer("cuStreamDestroy")
+
+
+def cuEventCreate(flags):
+    return _answer("cuEventCreate", calls["cuEventCreate"] + 1)
+
+
+def cuEventRecord(event, stream):
+    assert stream == 42
+    return _answer("cuEventRecord")
+
+
+def cuEventSynchronize(event):
+    return _answer("cuEventSynchronize")
+
+
+def cuEventDestroy(event):
+    return _answer("cuEventDestroy")
+
+
 def cuDeviceGetAttribute(kind, device):
     return _answer("cuDeviceGetAttribute", {75: 9, 76: 0}[kind])
 
