@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from tokred_plugins.body import DOMAIN, VERSION, OnnxOp, function_for
+from tokred_plugins.body import OnnxOp, function_for
+from tokred_plugins.names import DOMAIN, VERSION
 
 OPSET = 18
 

@@ -131,6 +131,15 @@ def test_importing_loads_nothing_heavy(modules):
     assert "numpy" in loaded
 
 
+def test_registering_plugins_takes_triton_and_nothing_heavier():
+    """What that process imports for TensorRT 10.15 and later; TensorRT itself comes on top."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    loaded = loaded_by(
+        sys.executable, [BUILDER, "tokred_plugins.quick", "tokred_plugins.registry"]
+    )
+    assert loaded & HEAVY == {"triton"}
+
+
 @pytest.mark.parametrize("path", ON_310, ids=map(module_name, ON_310))
 def test_runtime_is_python_310_grammar(path):
     """Python 3.10, the runtime's oldest, can parse it."""

@@ -157,7 +157,7 @@ def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
     build, folder_name = _builder(line, backend)
     key = stage_key(stage="engine", backend=backend, onnx=onnx_path.parent.parent.name,
                     max_batch=line.spec.max_batch, folder=folder_name,
-                    opt_level=line.spec.opt_level, **_foreign_code(backend))  # fmt: skip
+                    opt_level=line.spec.opt_level, **_surroundings(backend))  # fmt: skip
 
     def make(folder: Path) -> None:
         build(onnx_path, folder / folder_name)
@@ -166,13 +166,14 @@ def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
         return line.cache.get_or_make(key, make) / folder_name
 
 
-def _foreign_code(backend: Backend) -> dict[str, str | None]:
-    """Hashes of what goes into an engine and is neither this package's code nor a library's."""
+def _surroundings(backend: Backend) -> dict[str, str | None]:
+    """What decides an engine and is neither this package's code nor a library's: the launcher
+    plugin, by its hash, and the GPU whose timings chose the kernels."""
     if backend != "tensorrt":
         return {}
     from tokred_export.backends import tensorrt
 
-    return {"launcher": tensorrt.launcher_digest()}
+    return {"launcher": tensorrt.launcher_digest(), "gpu": tensorrt.list_gpus()[0].name}
 
 
 def _builder(line: Line, backend: Backend) -> tuple[Callable[[Path, Path], object], str]:

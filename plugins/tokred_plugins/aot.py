@@ -19,7 +19,9 @@ from tokred_plugins.kernels import Call, Spec
 
 # Lowest PTX version that knows the target. A driver refuses newer PTX than its own, and those
 # of JetPack 6 and of the first CUDA 12 releases read 8.2.
-PTX_VERSIONS = {80: 82, 86: 82, 87: 82, 89: 82, 90: 82, 100: 86, 110: 90, 120: 87}
+PTX_VERSIONS = {
+    80: 82, 86: 82, 87: 82, 89: 82, 90: 82, 100: 86, 103: 88, 110: 90, 120: 87, 121: 88,
+}
 # Tensor descriptors are made with instructions of PTX 8.3; but for all before 8.6
 # Triton counts strides in units of 16 bytes, and the compiler of today's drivers in bytes.
 DESCRIPTORS_SINCE = 86
@@ -27,7 +29,7 @@ DESCRIPTORS_DRIVER = 12070  # CUDA 12.7 is the first to read it
 # Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
 SHARED_LIMITS = {
     80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448,
-    110: 232_448, 120: 101_376,
+    103: 232_448, 110: 232_448, 120: 101_376, 121: 101_376,
 }
 HIDDEN_POINTERS = 2
 

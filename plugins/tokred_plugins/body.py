@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-DOMAIN = "tokred"
-VERSION = 1
-# What TensorRT's parser looks for on a node, beside the op's own attributes.
-PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
+from tokred_plugins.names import DOMAIN
+
 # TensorRT's TopK refuses a larger k.
 TOPK_LIMIT = 3840
 

@@ -5,7 +5,8 @@ TensorRT builds, it asks a plugin for its outputs (``describe``), for candidates
 and for the code and launch of each (``code``). The engine then holds the PTX, and attributes
 and this module are not needed to run it.
 
-:func:`register_file` is called before the ONNX file is parsed.
+:func:`register` is called before the ONNX file is parsed, with the calls that
+``quick_file.read_calls`` finds in it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tokred_plugins.aot import PTX_VERSIONS, Compiled, DoesNotFit, compile_call, compile_key
-from tokred_plugins.body import DOMAIN
 from tokred_plugins.kernels import Call
-from tokred_plugins.quick_file import ATTRIBUTE, parse_call, read_calls
+from tokred_plugins.names import DOMAIN
+from tokred_plugins.quick_file import ATTRIBUTE, parse_call
 from tokred_plugins.retune import candidates
 
 # Our dtype -> TensorRT's own, and how an AutoTuneCombination spells it.
@@ -34,35 +34,17 @@ _registered: dict[str, int] = {}
 _compiled: dict[tuple[str, int], Compiled | DoesNotFit] = {}
 
 
-def register_file(path: Path, target: int) -> tuple[str, ...]:
-    """Register the plugins that a kernel-level ONNX file needs; again changes nothing.
-
-    Args:
-        path: what ``lower(..., form="quick")`` wrote; its weights are not read.
-        target: compute capability times ten of the GPU that the engine is built on.
-
-    Returns:
-        Names of the plugins, in the namespace ``tokred``.
-
-    Raises:
-        ValueError: a node that no kernel of this version serves, a GPU that kernels cannot be
-            compiled for, or plugins that this process has registered for another one.
-        ImportError: TensorRT or Triton is not installed.
-    """
-    calls = read_calls(path)
-    register([found[0] for found in calls.values()], target)
-    return tuple(calls)
-
-
 def register(calls: Iterable[Call], target: int) -> None:
-    """Register one plugin a kernel variant.
+    """Register one plugin a kernel variant; again changes nothing.
 
     Args:
         calls: any call of each variant; it says what the inputs and outputs are.
-        target: as in :func:`register_file`.
+        target: compute capability times ten of the GPU that the engine is built on.
 
     Raises:
-        ValueError, ImportError: as there, but for the nodes.
+        ValueError: a GPU that kernels cannot be compiled for, or plugins that this process has
+            registered for another one.
+        ImportError: TensorRT or Triton is not installed.
     """
     from tokred_plugins.registry import variant_name
 

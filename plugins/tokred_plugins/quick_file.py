@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokred_plugins.body import DOMAIN
 from tokred_plugins.kernels import Call
+from tokred_plugins.names import DOMAIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
 import msgspec
 import onnx
 import pytest
+from fake_launcher import launcher_text
 from small_exports import Case, compiling_once, export
 
 from tokred_export import pipeline
@@ -86,7 +88,7 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setenv("TOKRED_LAUNCHER", str(tmp_path / "launcher.so"))
         monkeypatch.delenv("TOKRED_TENSORRT_PYTHON", raising=False)
         if launcher:
-            (tmp_path / "launcher.so").write_text(f"launcher for {version}")
+            (tmp_path / "launcher.so").write_text(launcher_text(version))
         monkeypatch.setattr(backend, "list_gpus", lambda: list(gpus))
         monkeypatch.setattr(tune, "Tuner", Untuned)
         tensorrt_python.installed_version.cache_clear()
@@ -176,17 +178,18 @@ def test_later_releases_take_types_from_the_file(machine, source, tmp_path, vers
     info = build(source("half"), tmp_path / "out")
     (said,) = builds(tmp_path)
     assert said["network_flags"] == 1 << 1
-    assert said["set"] == said["cleared"] == [] and said["tactic_sources"] is None
+    assert said["set"] == [] and said["cleared"] == ["TF32"] and said["tactic_sources"] is None
     assert said["pinned"] == {} and said["level"] is None
     assert set(said["registered"].values()) == ({90} if form == "quick" else set())
     check_engine(info, source("half"), tmp_path / "out", version, form)
 
 
 def test_newest_release_and_an_open_batch(machine, source, tmp_path):
-    """A release without precision flags; the profile spans 1 to the largest batch."""
+    """A release without 16-bit flags; the profile spans 1 to the largest batch."""
     machine(NEWEST, launcher=False)
     info = build(source("open"), tmp_path / "out", max_batch=4)
     (said,) = builds(tmp_path)
+    assert said["set"] == [] and said["cleared"] == ["TF32"]
     assert said["profile"] == {
         "input_ids": [[1, 41], [4, 41], [4, 41]], "prompt_len": [[1], [4], [4]],
     }  # fmt: skip
@@ -214,7 +217,7 @@ def check_engine(info, path, out, version, form):
     assert info.options["plugins"] == sum(expected.values())
     assert (info.options["form"], info.options["gpu"]) == (form, H100.name)
     if form == "launcher":
-        assert (out / LAUNCHER_FILE).read_text() == f"launcher for {version}"
+        assert (out / LAUNCHER_FILE).read_text() == launcher_text(version)
 
 
 def test_timings_are_kept_between_builds(machine, source, tmp_path):
@@ -267,18 +270,12 @@ def test_builds_that_fail(machine, source, tmp_path, trouble):
 
 
 def test_timings_of_another_gpu(machine, source, tmp_path):
-    """They are refused by name, not used."""
+    """They are not used, and this GPU's take their place."""
     machine(OLD)
     (tmp_path / "own.cache").write_text("of another GPU")
-    with pytest.raises(BuildFailed, match=r"own\.cache is of another GPU or TensorRT: remove it"):
-        build(source("half"), tmp_path / "out", timing_cache=tmp_path / "own.cache")
-
-
-def test_gpu_without_kernels(machine, source, tmp_path):
-    """The quick plugins are registered for the GPU that is here, or say that they cannot be."""
-    machine(QUICK, gpus=[Gpu("Tesla T4", 75)])
-    with pytest.raises(BuildFailed, match=r"cannot be registered: no kernels for .* 7\.5"):
-        build(source("half"), tmp_path / "out")
+    build(source("half"), tmp_path / "out", timing_cache=tmp_path / "own.cache")
+    assert builds(tmp_path)[0]["timings"] == []
+    assert (tmp_path / "own.cache").read_text() == "timings of kernels.onnx"
 
 
 def test_bfloat16_needs_a_later_release(machine, source, tmp_path):
@@ -304,6 +301,10 @@ def test_file_that_is_not_there(machine, tmp_path):
 MACHINES = {
     "too old": (dict(version="8.5.3.1"), r"8\.5\.3\.1 is too old, expected 8\.6"),
     "no GPU": (dict(version=OLD, gpus=()), "there is no NVIDIA GPU here"),
+    "no kernels": (
+        dict(version=QUICK, gpus=[Gpu("Tesla T4", 75)]),
+        r"no kernels for Tesla T4, which has compute capability 7\.5, expected one of 8\.0, 8\.6",
+    ),
     "no launcher": (dict(version=OLD, launcher=False), r"none at .*launcher\.so.*TOKRED_LAUNCHER"),
 }
 
@@ -336,8 +337,9 @@ def test_machine_that_can_build(machine):
     assert backend.available().reason.endswith("kernels as quick plugins")
 
 
-def test_engines_in_the_cache_are_of_one_launcher(machine, tmp_path):
-    """A launcher that was built anew makes a new engine; other backends know none."""
+def test_engines_in_the_cache_are_of_one_launcher_and_gpu(machine, tmp_path):
+    """A launcher that was built anew makes a new engine, and so does another GPU of the same
+    compute capability; other backends know neither."""
     asked = []
 
     class Keys:
@@ -349,8 +351,8 @@ def test_engines_in_the_cache_are_of_one_launcher(machine, tmp_path):
 
     def keys_of(name):
         asked.clear()
-        for launcher in ("launcher for 8.6.0", "launcher for 8.6.0", "mended"):
-            backend.launcher_path().write_text(launcher)
+        for launcher in ("", "", "mended"):
+            backend.launcher_path().write_text(launcher_text("8.6.0") + launcher)
             pipeline.engine(line, name, tmp_path / "key" / "onnx" / "prefill-8.onnx")
         return asked
 
@@ -360,12 +362,20 @@ def test_engines_in_the_cache_are_of_one_launcher(machine, tmp_path):
     assert len(set(keys_of("onnxruntime"))) == 1
     machine(NEWEST)
     assert len(set(keys_of("tensorrt"))) == 1
+    of_this_gpu = keys_of("tensorrt")[0]
+    machine(NEWEST, gpus=[Gpu("NVIDIA H200", 90)])
+    assert keys_of("tensorrt")[0] != of_this_gpu
 
 
 def test_launcher_of_another_release(machine, source, tmp_path):
-    """A library that TensorRT does not load is named, as the machine's fault."""
+    """Before anything is built where it would crash, and by TensorRT where it is as good as new."""
     machine(OLD)
-    (tmp_path / "launcher.so").write_text("launcher for 10.3.0")
+    (tmp_path / "launcher.so").write_text(launcher_text("10.3.0"))
+    said = r"launcher\.so was compiled for TensorRT 10\.3, and this is 8\.6\.0: build .*headers"
+    assert re.search(said, backend.available().reason)
+    with pytest.raises(EnvironmentUnable, match=said):
+        build(source("half"), tmp_path / "out")
+    (tmp_path / "launcher.so").write_text(launcher_text("8.5.1"))
     with pytest.raises(EnvironmentUnable, match=r"does not load the launcher plugin .*\.so"):
         build(source("half"), tmp_path / "out")
     assert nothing_left(tmp_path / "out")

@@ -169,6 +169,30 @@ def test_changed_code_is_timed_anew(device, tmp_path, monkeypatch):
     assert len(device) == 2 and len(json.loads(file.read_text())) == 2
 
 
+def test_tactics_of_a_machine_with_a_newer_driver(device, tmp_path, monkeypatch):
+    """A file may be shared: code that this driver cannot read is not taken from it."""
+    file = tmp_path / "t.json"
+    best = tune.Tuner(90, file).best(product(704))
+    described = next(c for c in candidates(product(704)) if c.tactic.since >= 90)
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps(dict.fromkeys(known, str(described.tactic))))
+    assert tune.Tuner(90, file).best(product(704)) == described
+    monkeypatch.setattr(FakeDevice, "cuda_version", 12060)
+    found = tune.Tuner(90, file).best(product(704))
+    assert found.tactic.since == 0 and found.tactic.num_warps == best.tactic.num_warps
+
+
+@pytest.mark.parametrize("other", ["compiler", "GPU"])
+def test_tactics_are_of_one_compiler_and_gpu(device, tmp_path, monkeypatch, other):
+    """What was found right with another is found anew."""
+    file = tmp_path / "t.json"
+    tune.Tuner(90, file).best(product(700))
+    if other == "compiler":
+        monkeypatch.setattr("triton.__version__", "9.9.9")
+    tune.Tuner(89 if other == "GPU" else 90, file).best(product(700))
+    assert len(device) == 2 and len(json.loads(file.read_text())) == 2
+
+
 def test_an_old_driver_has_no_descriptors(device, monkeypatch):
     """It cannot read their PTX; the other tactics are timed as ever."""
     tried = {}

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from checkpoints import MAMBA_SSM, TRANSFORMERS, write_mamba_ssm, write_transformers
-from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES
+from tokred_plugins.names import DOMAIN, PLUGIN_ATTRIBUTES
 from tokred_plugins.onnx_ops import ONNX_OPS
 
 from tokred_export.checkpoint import build_model, load_checkpoint

@@ -21,9 +21,9 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 from small_exports import Case, compiling_once, export
-from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES
 from tokred_plugins.kernel_faces import FACES, LINEAR, ONNX_NAMES
 from tokred_plugins.kernels import Spec
+from tokred_plugins.names import DOMAIN, PLUGIN_ATTRIBUTES
 
 from tokred_export.errors import BuildFailed, EnvironmentUnable
 from tokred_export.export import emit

@@ -27,6 +27,7 @@ from tensorrt_bindings.plugin._lib import PluginDef
 from tokred_plugins import quick
 from tokred_plugins.aot import Compiled, compile_call, compile_key
 from tokred_plugins.kernels import Call, Spec, Tactic
+from tokred_plugins.quick_file import read_calls
 from tokred_plugins.registry import call_from_json, call_to_json, variant_name
 from tokred_plugins.retune import candidates
 
@@ -218,8 +219,9 @@ def file_facts(source: Path, target: int, descriptions: Descriptions) -> dict:
     launcher_file = source.with_suffix(".launcher.onnx")
     lower(source, quick_file, "quick", target)
     lower(source, launcher_file, "launcher", target)
-    names = quick.register_file(quick_file, target)
-    assert quick.register_file(quick_file, target) == names
+    found = read_calls(quick_file)
+    for _ in range(2):  # the second time changes nothing
+        quick.register([calls[0] for calls in found.values()], target)
     nodes = list(nodes_of(quick_file))
     launchers = [
         attributes for _, attributes in kernel_nodes(ir.load(launcher_file))
@@ -230,7 +232,7 @@ def file_facts(source: Path, target: int, descriptions: Descriptions) -> dict:
         batches = [IDimensionExpr(node.inputs[0][1][0]).at(b) for b in BATCHES]
         facts.append(drive(node) | described_by_call(node, batches, descriptions))
         facts[-1]["launcher"] = asdict(of_launcher_node(attributes, batches))
-    return {"names": list(names), "nodes": facts}
+    return {"names": list(found), "nodes": facts}
 
 
 def described_by_call(node: Node, batches: list[int], descriptions: Descriptions) -> dict:

@@ -15,14 +15,17 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from tokred_plugins.aot import PTX_VERSIONS
 
 from tokred_export.backends.common import (
     Availability,
     EngineInfo,
+    Gpu,
     engine_folder,
     list_gpus,
     processor_name,
@@ -36,7 +39,7 @@ from tokred_export.disk import clear_disk_errors, hash_file
 from tokred_export.errors import EnvironmentUnable, InvalidRequest
 from tokred_export.runtime import tensorrt_python as python
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE
-from tokred_export.runtime.trt import release
+from tokred_export.runtime.trt import launcher_misfit, release
 
 NAME = "tensorrt"
 QUICK_SINCE = (10, 15)
@@ -60,7 +63,7 @@ def launcher_path() -> Path:
 def available() -> Availability:
     """Whether TensorRT is installed and can build here, and in plain words why or why not."""
     version, gpus = python.installed_version(), list_gpus()
-    reason = _obstacle(version, bool(gpus))
+    reason = _obstacle(version, gpus)
     usable = reason is None
     if usable:
         how = "quick plugins" if form_of(version) == "quick" else "the launcher plugin"
@@ -68,21 +71,29 @@ def available() -> Availability:
     return Availability(can_build=usable, can_run=usable, reason=reason, version=version)
 
 
-def _obstacle(version: str | None, has_gpu: bool) -> str | None:
+def _obstacle(version: str | None, gpus: Sequence[Gpu]) -> str | None:
     """Why nothing can be built here, if so."""
     if version is None:
         return python.missing()
     if release(version) < OLDEST:
         return f"TensorRT {version} is too old, expected 8.6 or newer"
-    if not has_gpu:
+    if not gpus:
         return "there is no NVIDIA GPU here, and TensorRT builds on the GPU that runs the engine"
-    if form_of(version) == "launcher" and not launcher_path().is_file():
+    if gpus[0].sm not in PTX_VERSIONS:
+        known = ", ".join(str(sm / 10) for sm in PTX_VERSIONS)
+        return (
+            f"there are no kernels for {gpus[0].name}, which has compute capability "
+            f"{gpus[0].sm / 10}, expected one of {known}"
+        )
+    if form_of(version) == "quick":
+        return None
+    if not launcher_path().is_file():
         return (
             f"TensorRT {version} takes the kernels through the launcher plugin, and there is none "
             f"at {launcher_path()}: build plugins/launcher with CMake, or name it in "
             "TOKRED_LAUNCHER"
         )
-    return None
+    return launcher_misfit(launcher_path(), version)
 
 
 def require() -> str:
@@ -160,6 +171,7 @@ def build(
                 outcome=str(folder / "outcome.json"), form=form, sm=sm,
                 launcher=str(launcher_path()) if form == "launcher" else None,
                 half=half, wide=wide_nodes(lowered) if half else (), expected=dict(expected),
+                calls=_calls(lowered) if form == "quick" else (),
                 batches=(1, max_batch) if _is_open(graph) else None,
                 timing_cache=str(timings), level=level,
                 describe=str(folder / "layers.json"),
@@ -210,6 +222,14 @@ def _lower(
         return lower(source, target, form, sm, batch, tuner.best)
     finally:
         tuner.close()
+
+
+def _calls(lowered: Path) -> tuple[str, ...]:
+    """One call of each plugin, so that who registers them need not read the file."""
+    from tokred_plugins.quick_file import read_calls
+    from tokred_plugins.registry import call_to_json
+
+    return tuple(call_to_json(calls[0]) for calls in read_calls(lowered).values())
 
 
 def _run(asked: Job) -> Outcome:

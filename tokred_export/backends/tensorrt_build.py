@@ -2,7 +2,7 @@
 
 It runs in the Python that has TensorRT, which need not be the one that exports: TensorRT 8.6 on
 a JetPack machine lives in that system's Python 3.10. It needs numpy and msgspec besides, and
-for a "quick" build Triton.
+for a "quick" build Triton; neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Job(job.Job, kw_only=True):
         half: weights are 16 bit: TensorRT 8.6 needs to be told that it may use them.
         wide: nodes of a 16-bit file that compute in float32, which it must be told too.
         expected: kernel -> nodes of the file; each must become a plugin layer.
+        calls: one call of each plugin that the file needs, as text, for "quick".
         batches: least and most, for a graph whose batch is open.
         timing_cache: read if it is there, written at the end.
         level: builder optimisation level, 0 to 5; None for TensorRT's default.
@@ -55,6 +56,7 @@ class Job(job.Job, kw_only=True):
     half: bool = True
     wide: tuple[str, ...] = ()
     expected: dict[str, int]
+    calls: tuple[str, ...] = ()
     batches: tuple[int, int] | None = None
     timing_cache: str | None = None
     level: int | None = None
@@ -110,14 +112,15 @@ def _register_plugins(trt: ModuleType, asked: Job) -> None:
     if asked.form == "launcher":
         load_launcher(trt, Path(asked.launcher or ""))
         return
-    from tokred_plugins.quick import register_file
-
     try:
-        register_file(Path(asked.onnx), asked.sm)
+        from tokred_plugins.quick import register
+        from tokred_plugins.registry import call_from_json
+
+        register(map(call_from_json, asked.calls), asked.sm)
     except ImportError as error:
         raise EnvironmentUnable(
-            f"the quick plugins need Triton in the Python that has TensorRT ({error}): "
-            "pip install triton"
+            f"the quick plugins cannot be made in the Python that has TensorRT ({error}): "
+            f"install {error.name or 'triton'} there"
         ) from error
     except ValueError as error:
         raise BuildFailed(f"the quick plugins cannot be registered: {error}") from error
@@ -150,6 +153,8 @@ def _config(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names for the inspector
     if asked.level is not None:
         config.builder_optimization_level = asked.level
+    # On by default in every release, and three digits are no float32.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if release(trt.__version__) < (10, 0):
         # Nothing here needs cuBLAS or cuDNN, which a deployment may not have.
         config.set_tactic_sources(0)
@@ -158,7 +163,8 @@ def _config(
         file = Path(asked.timing_cache)
         known = file.read_bytes() if file.is_file() else b""
         if not config.set_timing_cache(config.create_timing_cache(known), False):
-            raise BuildFailed(f"the timing cache {file} is of another GPU or TensorRT: remove it")
+            print(f"the timing cache {file} is of another GPU or TensorRT: begun anew", flush=True)
+            config.set_timing_cache(config.create_timing_cache(b""), False)
     if asked.batches is not None:
         config.add_optimization_profile(job.batch_profile(builder, network, *asked.batches))
     if hasattr(trt, "IProgressMonitor"):  # 8.6 has none
@@ -174,7 +180,6 @@ def _weak_types(
 
     Types of the network's own tensors are no help: those behind a plugin count as float32 there.
     """
-    config.clear_flag(trt.BuilderFlag.TF32)
     if not asked.half:
         return
     config.set_flag(trt.BuilderFlag.FP16)

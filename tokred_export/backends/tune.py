@@ -63,8 +63,9 @@ class Tuner:
         if call.kernel.name not in MEASURED:
             return call
         offered = {str(candidate.tactic): candidate for candidate in candidates(call)}
-        key = _key(call)
-        if self._known.get(key) not in offered:
+        key = self._key(call)
+        known = offered.get(self._known.get(key, ""))
+        if known is None or not self._reads(known.tactic.since >= 90):
             times = {
                 name: ms for name, candidate in offered.items()
                 if (ms := self._time(candidate)) is not None
@@ -86,6 +87,27 @@ class Tuner:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(self._file, json.dumps(self._known, indent=0).encode())
         return offered[self._known[key]]
+
+    def _key(self, call: Call) -> str:
+        """What decides the fastest tactic, and whether what it computes was found right: code and
+        compiler, types, constants, lengths, batch."""
+        import triton
+
+        shapes = {name: (spec.shape, spec.dtype) for name, spec in call.outputs.items()}
+        code = call.kernel.fn.cache_key  # Triton's, over the functions that it calls too
+        parts = (
+            call.kernel.name, code, triton.__version__, self._sm, dict(call.inputs),
+            dict(call.extras), shapes, dict(call.constants),
+        )
+        return repr(parts)
+
+    def _reads(self, descriptors: bool) -> bool:
+        """Whether this machine's driver reads such code: a file of tactics may be shared with
+        machines whose driver is older."""
+        if not descriptors:
+            return True
+        self._device = self._device or Device()
+        return self._device.cuda_version >= DESCRIPTORS_DRIVER
 
     def close(self) -> None:
         """Give the GPU's memory back."""
@@ -158,9 +180,7 @@ class Tuner:
                 compiled = compile_call(call, self._sm)
             except DoesNotFit:
                 compiled = None
-            if compiled is None or (
-                compiled.scratch and self._device.cuda_version < DESCRIPTORS_DRIVER
-            ):
+            if compiled is None or not self._reads(compiled.scratch > 0):
                 self._loaded[key] = None
             else:
                 kernel = self._device.load_kernel(compiled.ptx, compiled.entry, compiled.shared)
@@ -219,14 +239,3 @@ def _random_bytes(size: int, dtype: str) -> np.ndarray:
     else:
         raw = block.astype(np.float32 if dtype == "fp32" else np.float16).view(np.uint8)
     return np.resize(raw, size)
-
-
-def _key(call: Call) -> str:
-    """What decides the fastest tactic: the kernel's code, types, constants, lengths, batch."""
-    shapes = {name: (spec.shape, spec.dtype) for name, spec in call.outputs.items()}
-    code = call.kernel.fn.cache_key  # Triton's, over the functions that it calls too
-    parts = (
-        call.kernel.name, code, dict(call.inputs), dict(call.extras), shapes,
-        dict(call.constants),
-    )
-    return repr(parts)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 import onnx_ir as ir
-from tokred_plugins.body import DOMAIN, VERSION, Number, OnnxOp, function_for
+from tokred_plugins.body import Number, OnnxOp, function_for
+from tokred_plugins.names import DOMAIN, VERSION
 from tokred_plugins.onnx_ops import ONNX_OPS
 
 from tokred_export.errors import BuildFailed

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
-from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES, VERSION
 from tokred_plugins.kernel_faces import FACES, LINEAR, ONNX_NAMES
 from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.names import DOMAIN, PLUGIN_ATTRIBUTES, VERSION
 
 from tokred_export.errors import BuildFailed, EnvironmentUnable
 from tokred_export.export.opset17 import to_opset_17
@@ -200,7 +200,7 @@ def _require_triton() -> None:
     except ImportError as error:
         raise EnvironmentUnable(
             "Triton is not installed, and TensorRT's plugins are Triton kernels: "
-            "pip install triton (x86-64 Linux)"
+            "pip install triton (Linux)"
         ) from error
 
 

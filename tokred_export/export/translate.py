@@ -14,7 +14,8 @@ import onnx_ir as ir
 import torch
 from onnxscript.values import Op, Opset
 from tokred_plugins import onnx_ops as ops
-from tokred_plugins.body import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, OnnxOp
+from tokred_plugins.body import OnnxOp
+from tokred_plugins.names import DOMAIN, PLUGIN_ATTRIBUTES, VERSION
 
 _KINDS = {int: "INT", float: "FLOAT", str: "STRING"}
 _KINDS_OF_TENSOR = ("float", "float16", "bfloat16", "double", "int32", "int64", "bool")
