@@ -112,6 +112,16 @@ def test_the_one_that_fits(machine, opened, tmp_path):
     assert runner.launcher == runner.source.with_name(LAUNCHER_FILE)
 
 
+def test_an_engine_that_another_gpu_tuned(machine, opened, tmp_path, caplog):
+    """It runs on any of its compute capability; that it may be slow is said."""
+    for name, said in (("NVIDIA H100", 0), ("NVIDIA H200", 1)):
+        bundle = with_engines(tmp_path / name, {"options": {"gpu": name}})
+        assert open_runner(bundle, NAME, "tensorrt").source.is_file()
+        assert len(caplog.messages) == said
+    assert "was tuned on an NVIDIA H200, and this is an NVIDIA H100: it runs" in caplog.text
+    assert COMMAND in caplog.text
+
+
 def test_an_engine_of_quick_plugins(machine, opened, tmp_path):
     """It needs no launcher, even where an old one lies about."""
     bundle = with_engines(tmp_path / "out", {"files": (f"{NAME}.plan",)})
@@ -187,6 +197,13 @@ def test_a_session_over_an_engine(machine, tmp_path):
         assert found.component == NAME
         with pytest.raises(InvalidRequest, match=r"needs the input input_ids, prompt_len"):
             runner.run({})
+    with Session.open(session.bundle.path, backend="tensorrt") as again:
+        process = again.runner(NAME)._process
+        again.close()
+        assert process.poll() == 0
+        assert not again.prefill([[5, 7]]).logits.any()  # opened anew
+        process = again.runner(NAME)._process
+    assert process.poll() == 0
 
 
 # --- the Python that has TensorRT ----------------------------------------------------------------

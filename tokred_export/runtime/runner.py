@@ -153,6 +153,13 @@ def _open_tensorrt(bundle: Bundle, component: str) -> Runner:
             continue
         misfit = engine_misfit(info, bundle, version, target)
         if misfit is None:
+            tuned_on = info.options.get("gpu")
+            if gpu is not None and tuned_on not in (None, gpu.name):
+                _log.warning(
+                    "%s was tuned on an %s, and this is an %s: it runs, and may be slower than "
+                    "one made here; for that, %s",
+                    folder, tuned_on, gpu.name, rebuild_hint(bundle.manifest),
+                )  # fmt: skip
             plan = _engine_file(bundle, folder, info)
             launcher = plan.with_name(LAUNCHER_FILE)
             return tensorrt_python.open_engine(

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class PrefillResult(NamedTuple):
 
 
 class Session:
-    """A bundle that is open for running; graphs are loaded when first needed."""
+    """A bundle that is open for running; graphs are loaded when first needed. For any thread."""
 
     def __init__(
         self,
@@ -60,6 +61,21 @@ class Session:
         self.bundle = bundle
         self._how = (backend, device, threads, engine)
         self._runners: dict[str, Runner] = {}
+        self._opening = threading.Lock()
+
+    def close(self) -> None:
+        """Give back the memory and processes of engines; they are opened again when needed."""
+        with self._opening:
+            while self._runners:
+                runner = self._runners.popitem()[1]
+                if hasattr(runner, "close"):
+                    runner.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @classmethod
     def open(
@@ -93,9 +109,10 @@ class Session:
 
     def runner(self, component: str) -> Runner:
         """The runner of one component, opened on first use; the level below `prefill`."""
-        if component not in self._runners:
-            self._runners[component] = open_runner(self.bundle, component, *self._how)
-        return self._runners[component]
+        with self._opening:
+            if component not in self._runners:
+                self._runners[component] = open_runner(self.bundle, component, *self._how)
+            return self._runners[component]
 
     def prefill(self, prompts: Prompts) -> PrefillResult:
         """Run prompts through the smallest graph that holds the longest of them.
