@@ -50,8 +50,9 @@ class KernelFace:
         inputs: names of the op's tensors, in its own order; an optional one may be absent.
         results: names of the kernels' outputs that are the op's results, in its own order.
         calls: (spec of each tensor that is there, attributes by name) -> the launches. It reads
-            attributes that the torch op and the ONNX node have in common, and "target", the
-            GPU's compute capability times ten, where that is known; and it imports Triton.
+            attributes that the torch op and the ONNX node have in common, and where they are known
+            "target", the GPU's compute capability times ten, and "multiprocessors", their number;
+            and it imports Triton.
         tunings: kernel name -> what may be tuned about its launch alone.
     """
 

@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import onnx
@@ -218,6 +219,16 @@ def check_engine(info, path, out, version, form):
     assert (info.options["form"], info.options["gpu"]) == (form, H100.name)
     if form == "launcher":
         assert (out / LAUNCHER_FILE).read_text() == launcher_text(version)
+
+
+def test_kernels_are_split_for_the_gpu_that_is_here(machine, source, tmp_path, monkeypatch):
+    """Where its driver can be asked; otherwise for a large one."""
+    machine(NEWEST, launcher=False)
+    large = build(source("half"), tmp_path / "large")
+    monkeypatch.setattr(backend, "Device", lambda: SimpleNamespace(multiprocessors=2))
+    small = build(source("half"), tmp_path / "small")
+    assert large.options["plugins.ssd_pass"] == 2 and "plugins.ssd_scan" not in large.options
+    assert small.options["plugins.ssd_scan"] == 2 and "plugins.ssd_pass" not in small.options
 
 
 def test_timings_are_kept_between_builds(machine, source, tmp_path):

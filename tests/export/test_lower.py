@@ -208,6 +208,18 @@ def test_every_op_becomes_its_launches(lowered, name, form):
             check_launcher_fields(node, fields, call)
 
 
+def test_scans_fill_the_gpu_that_is_there(lowered, tmp_path):
+    """On one of few multiprocessors a program a head does, and no chunk's state is written."""
+    found = lowered("utrc")
+    with compiling_once():
+        counts = {
+            n: lower(found.source, tmp_path / f"{n}.onnx", "quick", SM, multiprocessors=n)
+            for n in (2, 300)
+        }
+    assert counts[2]["ssd_scan"] == counts[2]["ssd_steps"] == 2 and not counts[2]["ssd_pass"]
+    assert counts[300] == found.counts
+
+
 def check_launcher_fields(node, fields, call):
     """What the C++ plugin reads: this launch, and machine code for it."""
     assert node.op_type == "KernelLaunch" and fields["kernel"] == call.kernel.name

@@ -30,6 +30,7 @@ def test_gpu_without_padding(driver):
     """The name ends at its first NUL, whatever the other bytes of the buffer are."""
     assert len(driver.NAME) > 40 and not driver.NAME.endswith(b"\0")
     assert Device().gpu == Gpu("Imaginary GPU 80GB", 90, 80 << 30)
+    assert Device().multiprocessors == 132
 
 
 @pytest.mark.parametrize("kind", [bool, np.int32, np.float16, np.float32, np.uint16])

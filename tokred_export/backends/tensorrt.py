@@ -38,6 +38,7 @@ from tokred_export.cache import default_root
 from tokred_export.disk import clear_disk_errors, hash_file
 from tokred_export.errors import EnvironmentUnable, InvalidRequest
 from tokred_export.runtime import tensorrt_python as python
+from tokred_export.runtime.device import Device
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE
 from tokred_export.runtime.trt import launcher_misfit, release
 
@@ -213,13 +214,17 @@ def _lower(
     """
     from tokred_export.export.lower import lower
 
+    try:
+        processors = Device().multiprocessors
+    except EnvironmentUnable:  # TensorRT's own Python may be the only one with cuda-bindings
+        processors = None
     if form == "quick":  # TensorRT tunes these itself
-        return lower(source, target, form, sm, batch)
+        return lower(source, target, form, sm, batch, multiprocessors=processors)
     from tokred_export.backends.tune import Tuner
 
     tuner = Tuner(sm, timings.with_suffix(".tactics.json"))
     try:
-        return lower(source, target, form, sm, batch, tuner.best)
+        return lower(source, target, form, sm, batch, tuner.best, processors)
     finally:
         tuner.close()
 

@@ -48,7 +48,8 @@ WriteNode = Callable[[Call, list[ir.Value], list[ir.Value]], ir.Node]
 
 
 def lower(
-    source: Path, target: Path, form: Form, sm: int, batch: int = 1, tune: Tune | None = None
+    source: Path, target: Path, form: Form, sm: int, batch: int = 1, tune: Tune | None = None,
+    multiprocessors: int | None = None,
 ) -> Counter[str]:
     """Write the kernel-level form of an exported ONNX file.
 
@@ -62,6 +63,7 @@ def lower(
         batch: that splits over the GPU are decided for, where the graph's batch is open.
         tune: gives a call with its best tactic ("launcher"); None takes each kernel's default,
             or the first tactic that fits the GPU.
+        multiprocessors: how many the GPU has, for splits over it; None for a large one.
 
     Returns:
         How many nodes of each kernel the file holds.
@@ -76,9 +78,10 @@ def lower(
     counts: Counter[str] = Counter()
     write = _quick_node if form == "quick" else _Launcher(sm, tune)
     scored = _scored_norms(model.graph)
+    gpu = {"target": sm} | ({"multiprocessors": multiprocessors} if multiprocessors else {})
     for node in list(model.graph):
         if node.domain == DOMAIN and node not in scored.values():
-            calls = _replace(model.graph, node, write, batch, sm, scored.get(node))
+            calls = _replace(model.graph, node, write, batch, gpu, scored.get(node))
             counts.update(call.kernel.name for call in calls)
     model.functions.clear()
     if form == "launcher":
@@ -205,7 +208,7 @@ def _require_triton() -> None:
 
 
 def _replace(
-    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, sm: int,
+    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, gpu: Mapping[str, int],
     scores: ir.Node | None = None,
 ) -> tuple[Call, ...]:
     """Put the launches of one custom-op node in its place.
@@ -215,7 +218,7 @@ def _replace(
         node: a custom op.
         write: makes the node of one launch.
         batch: where the graph's is open.
-        sm: compute capability times ten.
+        gpu: what faces know of it.
         scores: the TokenImportance node that a GatedRmsNorm's kernel does along.
     """
     name = ONNX_NAMES.get(node.op_type)
@@ -227,7 +230,7 @@ def _replace(
     face = FACES[name]
     tensors = {n: v for n, v in zip(face.inputs, node.inputs, strict=False) if v is not None}
     specs = {n: _spec(node, v, batch) for n, v in tensors.items()}
-    attributes = {n: a.value for n, a in node.attributes.items()} | {"target": sm}
+    attributes = {n: a.value for n, a in node.attributes.items()} | gpu
     if scores is not None:
         attributes["scores"] = True
     try:

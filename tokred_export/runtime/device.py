@@ -82,6 +82,12 @@ class Device:
         return Gpu(text, 10 * major + minor, total)
 
     @property
+    def multiprocessors(self) -> int:
+        """How many the device has."""
+        kind = self.driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        return self._call("cuDeviceGetAttribute", kind, self._device)
+
+    @property
     def cuda_version(self) -> int:
         """What the driver supports: 12070 for CUDA 12.7."""
         return self._call("cuDriverGetVersion")

@@ -25,7 +25,8 @@ from tokred_plugins.ssd_scan.parallel import (
     ssd_pass_kernel,
 )
 
-# A large GPU's multiprocessors: one program each with three stages of loads, two with two.
+# Where the GPU is not known, a large one's: one program each with three stages of loads, two with
+# two.
 MULTIPROCESSORS = 132
 # Bytes of shared memory that tiles of 128 rows take.
 LARGE_TILES = 133_120
@@ -81,7 +82,7 @@ def calls(
     xbc: Spec, zxbcdt: Spec, dt_bias: Spec, a_log: Spec, d: Spec, pads: Spec,
     initial_state: Spec | None, n_groups: int, d_state: int, dt_min: float, dt_max: float,
     tactics: Mapping[str, Tactic] | None = None, segments: int | None = None,
-    target: int | None = None,
+    target: int | None = None, multiprocessors: int = MULTIPROCESSORS,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.ssd_scan.op.ssd_scan`.
 
@@ -92,6 +93,7 @@ def calls(
         segments: 1 has one program walk a sequence and head, more has all chunks run side by
             side; by default whichever is faster with the batch given here.
         target: compute capability times ten, for tactics that not every GPU has room for.
+        multiprocessors: of the GPU, which programs should fill.
 
     Raises:
         ValueError: a sequence whose projection has 2^31 elements or more.
@@ -106,6 +108,7 @@ def calls(
     head_dim = (channels - 2 * n_groups * d_state) // heads
     shapes = _Shapes(
         batch, length, heads, head_dim, n_groups, d_state, zxbcdt.shape[2], xbc.dtype,
+        multiprocessors,
     )
     dtypes = {
         "xbc": xbc.dtype, "zxbcdt": zxbcdt.dtype, "dt_bias": dt_bias.dtype,
@@ -117,7 +120,7 @@ def calls(
     limits = {"DT_MIN": dt_min, "DT_MAX": dt_max}
     if segments is None:
         # Where half of the GPU would idle.
-        segments = 2 if 2 * batch * heads < MULTIPROCESSORS else 1
+        segments = 2 if 2 * batch * heads < multiprocessors else 1
     if segments == 1:
         return _walk(shapes, dtypes, limits, tactics)
     return _side_by_side(shapes, dtypes, limits, tactics, target)
@@ -135,6 +138,7 @@ class _Shapes:
     states: int
     columns: int
     dtype: str
+    multiprocessors: int
 
     @property
     def sizes(self) -> dict[str, Constant]:
@@ -171,7 +175,7 @@ def _walk(
     if s.dtype == "fp32":  # its stages are twice as large
         default = SSD_SCAN.tactics[-1]
     else:  # three stages of loads, or two where one wave then holds all programs
-        default = SSD_SCAN.tactics[MULTIPROCESSORS < programs <= 2 * MULTIPROCESSORS]
+        default = SSD_SCAN.tactics[s.multiprocessors < programs <= 2 * s.multiprocessors]
     scan = fitted(choose(SSD_SCAN, tactics, default), s.heads // s.groups)
     chunk = scan.blocks["Q"]
     chunks = cdiv(s.length, chunk)
@@ -198,7 +202,7 @@ def chunk_scan_tactic(s: _Shapes, target: int | None) -> Tactic:
     large = SHARED_LIMITS.get(target, 0) >= LARGE_TILES
     few, many = SSD_CHUNK_SCAN.tactics[2:4] if large else SSD_CHUNK_SCAN.tactics[:2]
     programs = s.batch * cdiv(s.heads, few.blocks["HEADS"]) * cdiv(s.length, few.blocks["Q"])
-    return few if programs <= MULTIPROCESSORS else many
+    return few if programs <= s.multiprocessors else many
 
 
 def _side_by_side(

@@ -12,11 +12,12 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     """The launches for tensors of these shapes; the kernels have a chunk size of their own."""
     from tokred_plugins.ssd_scan import launches
 
+    known = attributes.get("multiprocessors", launches.MULTIPROCESSORS)
     return launches.calls(
         specs["xbc"], specs["zxbcdt"], specs["dt_bias"], specs["a_log"], specs["d"],
         specs["pads"], specs.get("initial_state"), int(attributes["n_groups"]),
         int(attributes["d_state"]), float(attributes["dt_min"]), float(attributes["dt_max"]),
-        target=attributes.get("target"),
+        target=attributes.get("target"), multiprocessors=int(known),
     )
 
 

@@ -22,7 +22,9 @@ class CUresult(enum.IntEnum):
 
 
 CUdevice_attribute = types.SimpleNamespace(
-    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
+    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=16,
 )
 CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
 
@@ -101,7 +103,7 @@ def cuEventDestroy(event):
 
 
 def cuDeviceGetAttribute(kind, device):
-    return _answer("cuDeviceGetAttribute", {75: 9, 76: 0}[kind])
+    return _answer("cuDeviceGetAttribute", {75: 9, 76: 0, 16: 132}[kind])
 
 
 def cuDeviceGetName(length, device):
