@@ -45,8 +45,10 @@ def _launcher(face: KernelFace, names: tuple[str, ...]) -> Callable:
         given = dict(zip(names, values, strict=True))
         tensors = {name: given.pop(name) for name in face.inputs}
         specs = {name: spec_of(x) for name, x in tensors.items() if x is not None}
-        major, minor = torch.cuda.get_device_capability(tensors[face.inputs[0]].device)
-        given["target"] = 10 * major + minor
+        gpu = torch.cuda.get_device_properties(tensors[face.inputs[0]].device)
+        given |= {
+            "target": 10 * gpu.major + gpu.minor, "multiprocessors": gpu.multi_processor_count,
+        }
         made = run(face.calls(specs, given), tensors)
         results = tuple(made[name] for name in face.results)
         return results if len(results) > 1 else results[0]
