@@ -116,16 +116,17 @@ def test_every_refusal_names_the_call(driver, name):
         everything()
 
 
-def test_time_between_events(driver, monkeypatch):
-    """By the function that every driver has: cuda-bindings ask for a newer form of it."""
+@pytest.mark.parametrize("name", ["cuEventElapsedTime", "cuEventElapsedTime_v2"])
+def test_time_between_events(driver, monkeypatch, name):
+    """By the form of the function that the driver has: cuda-bindings ask for the newer one."""
     asked = []
 
-    class Library:
-        def cuEventElapsedTime(self, taken, first, second):
-            taken._obj.value = 1.5
-            asked.append((first.value, second.value))
-            return 700 if len(asked) > 1 else 0
+    def elapsed(self, taken, first, second):
+        taken._obj.value = 1.5
+        asked.append((first.value, second.value))
+        return 700 if len(asked) > 1 else 0
 
+    Library = type("Library", (), {name: elapsed})
     monkeypatch.setattr("tokred_export.runtime.device.ctypes.CDLL", lambda name: Library())
     device, done = Device(), []
     assert device.elapsed_ms(lambda: done.append(1)) == 1.5

@@ -203,11 +203,12 @@ class Device:
     def _between(self, first: object, second: object) -> float:
         """Milliseconds between two events that have passed."""
         # cuda-bindings 12.8 and later ask for a second form of this function, which older drivers
-        # (all of JetPack 6) do not have; every driver has the first.
+        # (all of JetPack 6) do not have; the first may go some day.
+        library = ctypes.CDLL(LIBRARY)
+        name = "cuEventElapsedTime"
+        ask = getattr(library, name if hasattr(library, name) else f"{name}_v2")
         taken = ctypes.c_float()
-        status = ctypes.CDLL(LIBRARY).cuEventElapsedTime(
-            ctypes.byref(taken), ctypes.c_void_p(int(first)), ctypes.c_void_p(int(second))
-        )
+        status = ask(ctypes.byref(taken), ctypes.c_void_p(int(first)), ctypes.c_void_p(int(second)))
         if status:
             raise EnvironmentUnable(f"the CUDA driver refuses cuEventElapsedTime: error {status}")
         return taken.value
