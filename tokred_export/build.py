@@ -15,7 +15,13 @@ import msgspec
 
 from tokred_export import pipeline, prove
 from tokred_export.backends.common import EngineInfo, read_engines
-from tokred_export.bundle import Bundle, read_bundle, update_files, verify_files
+from tokred_export.bundle import (
+    Bundle,
+    read_bundle,
+    require_writable,
+    update_files,
+    verify_files,
+)
 from tokred_export.disk import clear_disk_errors
 from tokred_export.errors import BundleError, GateFailed, InvalidRequest
 from tokred_export.manifest import describe_reduction
@@ -121,12 +127,15 @@ def verify(
         raise InvalidRequest(
             f"there is no folder {junit.absolute().parent} for the JUnit file: make it first"
         )
+    if junit is not None and junit.is_dir():
+        raise InvalidRequest(f"--junit {junit} is a folder, expected the name of a file")
     if stored and (thorough or model is not None or backend is not None or device != "cpu"):
         raise InvalidRequest(
             "--stored judges what was measured before, so that --thorough, --model, --backend and "
             "--device mean nothing beside it: leave them out, or leave out --stored"
         )
     bundle = read_bundle(path)
+    require_writable(bundle)
     # What is about to be measured and written anew need not be whole: a run killed between the
     # record and the manifest is repaired by the next one.
     verify_files(bundle, skip=() if stored else ("reports/",))
@@ -174,6 +183,7 @@ def bench(
         TokredError: as :func:`verify`.
     """
     bundle = read_bundle(path)
+    require_writable(bundle)
     verify_files(bundle)
     record = _stored_parity(bundle)
     verdict = judge_parity(record, tolerance_for(_dtype(bundle))) if record else None
@@ -353,13 +363,14 @@ def parity_summary(result: Result) -> Iterator[str]:
     yield f"parity: {outcome}, {len(cases)} cases of {result.parity.backend} against {baseline}"
     for kind in ("logits", "conv_state", "ssm_state"):
         errors = [
-            (t.rel_l2, t.noise_rel_l2)
+            (t.nonfinite > 0, t.rel_l2, t.noise_rel_l2)
             for case in cases for t in case.tensors
             if t.name == kind or f".{kind}." in t.name
         ]
         if errors:
-            worst, noise = max(errors)
-            yield f"  {kind:<11} worst relative L2 {worst:.1e}, noise floor there {noise:.1e}"
+            broken, worst, noise = max(errors)
+            said = f"worst relative L2 {worst:.1e}, noise floor there {noise:.1e}"
+            yield f"  {kind:<11} {'holds values that are NaN or infinite' if broken else said}"
     flips = sum(len(site.flips) for case in cases for site in case.sites)
     removed = sum(site.real_removed for case in cases for site in case.sites)
     yield f"  choices     {removed} prompt tokens removed, {flips} free choices differ by rounding"

@@ -27,7 +27,7 @@ from tokred_export.disk import (
     sync_folder,
     write_atomic,
 )
-from tokred_export.errors import BundleError, InvalidRequest
+from tokred_export.errors import BundleError, EnvironmentUnable, InvalidRequest
 from tokred_export.manifest import EXPORT_FORMAT, SCHEMA_VERSION, Manifest
 
 MANIFEST = "export.json"
@@ -142,6 +142,20 @@ def read_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest)
 
 
+def require_writable(bundle: Bundle) -> None:
+    """Before something is measured that is to be stored in it.
+
+    Raises:
+        EnvironmentUnable: nothing can be written there.
+    """
+    for folder in (bundle.path, bundle.path / "reports"):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise EnvironmentUnable(
+                f"cannot write to {folder}, where records and report pages go: make it writable, "
+                "or copy the bundle to where you may write"
+            )
+
+
 def verify_files(bundle: Bundle, skip: tuple[str, ...] = ()) -> None:
     """Check size and sha256 of every listed file, but for names that start with one of ``skip``.
 
@@ -207,6 +221,9 @@ def _sibling(target: Path, kind: Literal["tmp", "old"]) -> Path:
 
 def _refuse_target(target: Path, force: bool) -> None:
     """Raise unless ``target`` is absent, empty, or a bundle that may be replaced."""
+    if target.is_mount():
+        raise InvalidRequest(f"{target} is a mount point, which no finished folder can take the "
+                             "place of: choose a folder below it")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir() or not _looks_like_bundle(target):

@@ -21,7 +21,10 @@ from tokred_export.specs import Spec
 
 _BLOCK = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY, errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
 
 
 class FileRecord(Spec, kw_only=True):

@@ -60,3 +60,9 @@ class Inconclusive(TokredError):
     """A measurement drifted too much to be believed, twice."""
 
     exit_code = 5
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether it is PyTorch's way of saying so, which is a RuntimeError like any other."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

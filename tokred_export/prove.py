@@ -37,7 +37,7 @@ from tokred_export.verify.baselines import (
 )
 from tokred_export.verify.cases import PromptCase, prompt_cases
 from tokred_export.verify.parity import measure_case, noise_of
-from tokred_export.verify.records import ParityCase, ParityRecord, SpeedRecord
+from tokred_export.verify.records import ITSELF, ParityCase, ParityRecord, SpeedRecord
 from tokred_export.verify.speed import BURST, Conditions, Milliseconds, Timed, measure_speed
 
 # Backends whose engines can be run here and compared, the first that was built being proven.
@@ -90,12 +90,12 @@ def measure_parity(
                     bundle, name, backend, line.spec.device, threads, engine="ignore"
                 )
                 full = prompts[0]._replace(
-                    description=f"{prompts[0].description}, the ONNX file itself"
+                    description=f"{prompts[0].description}, {ITSELF}"
                 )
                 cases.append(_measure(model, runner, name, full, metadata.dtype))
     return ParityRecord(
         # No engine of the bundle fits here, or it has none: the record says what was run instead.
-        backend=_describe(line, backend) + (", the ONNX file itself" if itself else ""),
+        backend=_describe(line, backend) + (f", {ITSELF}" if itself else ""),
         baseline="eager PyTorch, float32, " + ("GPU, plain functions" if on_gpu else "CPU"),
         noise=noise_of(metadata.dtype),
         cases=tuple(cases),

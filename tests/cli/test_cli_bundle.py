@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 
+import msgspec
 import onnx
 import pytest
 from checkpoints import edit_config, write_transformers
 from onnx import numpy_helper
 
+from tokred_export.bundle import read_bundle
 from tokred_export.cli import run
 from tokred_export.cli._console import table
+from tokred_export.runtime.runner import engine_folders
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +80,48 @@ def test_a_changed_weight_fails_parity(capsys, bundle):
     failing(capsys, ["verify", bundle, "--quiet", "--threads", "1"], 1)
     (record,) = json.loads((bundle / "reports" / "parity.json").read_text())
     assert record["backend"] == "onnxruntime (CPU), the ONNX file itself"
+    assert "a gate did not hold" in page.read_text()
     assert "engine reduced" not in page.read_text(), "a wrong engine has no speed"
     assert "parity is FAIL" in failing(capsys, ["bench", bundle, "--quiet"], 1)
+
+
+def test_a_pass_without_an_engine_says_so(capsys, bundle):
+    """No gate of an engine can have held where none was run."""
+    page = bundle / "reports" / "report.md"
+    assert "every gate held." in page.read_text()
+    (engine,) = bundle.glob("engines/*/engine.json")
+    text = json.loads(engine.read_text())
+    text["prefill-16"]["version"] = "1.0.0"
+    engine.write_text(json.dumps(text))
+    bless(bundle)
+    assert run(["verify", str(bundle), "--quiet", "--threads", "1"]) == 0
+    said = "every gate held for the ONNX file itself; no engine was run."
+    assert said in page.read_text()
+    assert said in (bundle / "reports" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("verb", ["verify", "bench"])
+def test_a_bundle_that_cannot_be_written(capsys, bundle, verb, monkeypatch):
+    """Is refused before anything is measured."""
+    monkeypatch.setattr("tokred_export.bundle.os.access", lambda path, mode: mode != os.W_OK)
+    said = failing(capsys, [verb, bundle, "--quiet"], 3)
+    assert "cannot write to" in said and "records and report pages go" in said
+
+
+def test_a_junit_file_that_is_a_folder(capsys, bundle, tmp_path):
+    """Before the work, not after."""
+    said = failing(capsys, ["verify", bundle, "--junit", tmp_path, "--quiet"], 2)
+    assert "is a folder, expected the name of a file" in said
+
+
+def test_an_engine_for_rtx_is_none_for_tensorrt(bundle):
+    """One backend's name begins with the other's."""
+    manifest = read_bundle(bundle)
+    names = ("engines/tensorrt-rtx-sm89-1.7/engine.json", "engines/tensorrt-sm89-11.4/engine.json")
+    files = {**manifest.manifest.files, **dict.fromkeys(names)}
+    both = manifest._replace(manifest=msgspec.structs.replace(manifest.manifest, files=files))
+    for backend, name in (("tensorrt-rtx", names[0]), ("tensorrt", names[1])):
+        assert [f"{folder}/engine.json" for folder in engine_folders(both, backend)] == [name]
 
 
 def test_the_onnx_file_is_judged_beside_its_engine(capsys, bundle):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,12 @@ def failing(capsys, arguments, code):
     assert run([str(a) for a in arguments]) == code
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
-    assert captured.out == ""
+    if "--json" in arguments:
+        said = json.loads(captured.out)
+        assert said["exit_code"] == code and said["error"]
+        assert " ".join(said["error"].split()) in " ".join(captured.err.split())
+    else:
+        assert captured.out == ""
     return captured.err
 
 
@@ -183,6 +189,66 @@ def test_environment_variables(capsys, model, monkeypatch):
     flags = ["plan", model, "--seq-len", "64", "--sites", "0,1", "--json"]
     assert run([str(a) for a in flags]) == 0
     assert json.loads(capsys.readouterr().out)["plans"][0]["schedule"]["method"] == "evit"
+
+
+def test_environment_variables_are_named_for_flags(capsys, model, monkeypatch):
+    """Not for what a flag's value is called in the code; a flag still wins."""
+    monkeypatch.setenv("TOKRED_PLAN_REDUCE", "30%")
+    monkeypatch.setenv("TOKRED_PLAN_SEQ_LEN", "64")
+    monkeypatch.setenv("TOKRED_PLAN_JSON", "1")
+
+    def planned(*more):
+        assert run(["plan", str(model), "--sites", "0,1", *more]) == 0
+        return json.loads(capsys.readouterr().out)["plans"][0]["schedule"]
+
+    thirty = planned()
+    assert thirty["length"] == 64 and thirty == planned("--reduce", "30%")
+    assert thirty != planned("--reduce", "20%")
+    monkeypatch.setenv("TOKRED_PLAN_REDUCE", "130%")
+    assert "130" in failing(capsys, ["plan", model], 2)
+
+
+def test_pytorch_out_of_memory(capsys, model, tmp_path, monkeypatch):
+    """It raises a RuntimeError like any other; while exporting too it is the machine's fault."""
+
+    def full(*args, **options):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(torch.export, "export", full)
+    for more in ((), ("--json",)):
+        said = failing(capsys, build(model, tmp_path / "out", *more), 3)
+        assert "out of memory: use a machine with more" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mount_point_is_no_bundle(capsys, model, tmp_path, monkeypatch):
+    """A finished folder cannot be renamed to it: said before the work, not after."""
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "volume")
+    assert "is a mount point" in failing(capsys, build(model, tmp_path / "volume"), 2)
+
+
+def test_names_that_no_disk_takes(capsys, model, tmp_path):
+    """Too long a name is a sentence."""
+    assert "cannot write to" in failing(capsys, build(model, tmp_path / ("x" * 300)), 3)
+
+
+@pytest.mark.parametrize("method", ["utrc", "evit"])
+def test_activations_that_overflow(capsys, model, tmp_path, method):
+    """A failed gate with a bundle and a report, not a record that nobody can read."""
+
+    def grow(tensors):
+        name = next(n for n in tensors if n.endswith("layers.1.mixer.in_proj.weight"))
+        tensors[name] *= 1e30
+
+    edit_weights(model, grow)
+    out = tmp_path / "out"
+    flags = ["--method", method, "--reduce", "10%", "--no-bench", "--sites", "0,1"]
+    assert run([str(a) for a in ["build", model, "-o", out, "--seq-len", "64", *flags]]) == 1
+    said = capsys.readouterr()
+    assert "holds values that are NaN or infinite" in said.out
+    assert "not finite" in (out / "reports" / "report.md").read_text()
+    assert run(["verify", str(out), "--stored"]) == 1
 
 
 @pytest.mark.parametrize("verb", ["verify", "bench", "report", "inspect"])

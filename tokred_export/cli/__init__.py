@@ -7,6 +7,7 @@ build failed, 5 inconclusive, 70 internal error.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from tokred_export import __version__
-from tokred_export.errors import TokredError
+from tokred_export.errors import TokredError, ran_out_of_memory
 
 # verb -> one line of help; the module of the same name is imported when the verb is used, so
 # that `--help` and `inspect` need no torch.
@@ -29,6 +30,11 @@ VERBS = {
     "doctor": "Tell which backends this machine can build and run, and why not.",
 }
 
+OUT_OF_MEMORY = (
+    "out of memory: use a machine with more, a smaller model, a shorter --seq-len, or --no-verify, "
+    "which holds no eager model beside the engine"
+)
+
 
 class _Verbs(click.Group):
     """Loads a verb's module when it is asked for."""
@@ -40,6 +46,11 @@ class _Verbs(click.Group):
         if name not in VERBS:
             return None
         module = importlib.import_module(f"tokred_export.cli.{name}")
+        for option in module.command.params:
+            if isinstance(option, click.Option) and option.envvar is None:
+                # Named for the flag: Click's own choice would be our name for its value.
+                flag = next(text for text in option.opts if text.startswith("--"))
+                option.envvar = f"TOKRED_{name}_{flag[2:]}".replace("-", "_").upper()
         return module.command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -71,24 +82,31 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _say("interrupted", 130)
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        return _as_json(arguments, error.format_message(), error.exit_code)
     except TokredError as error:
-        return _say(f"error: {error}", error.exit_code)
+        return _as_json(arguments, str(error), _say(f"error: {error}", error.exit_code))
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except MemoryError:
-        return _say(
-            "error: out of memory: use a machine with more, a smaller model, a shorter --seq-len, "
-            "or --no-verify, which holds no eager model beside the engine", 3,
-        )
+        return _as_json(arguments, OUT_OF_MEMORY, _say(f"error: {OUT_OF_MEMORY}", 3))
     # Rich and Click make of a broken pipe an exit with 1, which would read as "a gate failed".
     except (BrokenPipeError, SystemExit):
         # What is still in the buffer would raise once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as the shell reports a reader that went away
-    except Exception:  # noqa: BLE001  Python's own exit code 1 would read as "a gate failed"
+    except Exception as error:  # noqa: BLE001  Python's own exit code 1 would read as "a gate failed"
+        if ran_out_of_memory(error):  # PyTorch has no class of its own for it on a CPU
+            return _as_json(arguments, OUT_OF_MEMORY, _say(f"error: {OUT_OF_MEMORY}", 3))
         traceback.print_exc()
-        return _say("internal error: please report it with the lines above", 70)
+        said = "internal error: please report it with the lines above"
+        return _as_json(arguments, f"internal error: {error}", _say(said, 70))
+
+
+def _as_json(arguments: Sequence[str] | None, error: str, code: int) -> int:
+    """With ``--json``, the one object that stdout gets where a command came to no result."""
+    if "--json" in (sys.argv[1:] if arguments is None else arguments):
+        click.echo(json.dumps({"error": error, "exit_code": code}, indent=2))
+    return code
 
 
 def _say(message: str, code: int) -> int:

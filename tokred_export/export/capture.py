@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tokred_export.errors import BuildFailed
+from tokred_export.errors import BuildFailed, ran_out_of_memory
 from tokred_export.model import Mamba2
 
 
@@ -72,6 +72,8 @@ def capture_prefill(
                 _without_weights(flat), example, dynamic_shapes=shapes, strict=True
             )
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
+        if ran_out_of_memory(error):
+            raise
         raise BuildFailed(f"torch.export refused the model at length {length}: {error}") from error
     _give_weights(program, flat)
     n_sites = len(model.schedule.sites) if model.schedule else 0

@@ -121,7 +121,9 @@ def plot_errors(name: str, title: str, points: Sequence[ErrorPoint]) -> Plot:
         axes.grid(axis="y")
         _mark_kinds(axes, points)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handletextpad=0.3)
-        over = [p.name for p in points if p.tolerance is not None and not p.error <= p.tolerance]
+        over = [p.name for p in points if p.error == float("inf") or (
+            p.tolerance is not None and not p.error <= p.tolerance
+        )]
         description = (
             f"{len(points)} tensors; above the tolerance: {', '.join(over) if over else 'none'}."
         )
@@ -150,13 +152,13 @@ def plot_latencies(
                 linewidths=0, zorder=3,
             )  # fmt: skip
             axes.annotate(
-                _ms(latency.median_ms), (max(latency.samples_ms), y), xytext=(5, 0),
+                f"median {_ms(latency.median_ms)}", (max(latency.samples_ms), y), xytext=(5, 0),
                 textcoords="offset points", va="center",
             )  # fmt: skip
         names = [f"{r.name} *" if r.name == fastest else r.name for r, _ in rows]
         axes.set_yticks(range(len(rows)), names)
         axes.tick_params(axis="y", length=0)
-        axes.set(xlabel="ms (bar: median, dots: samples)", xlim=(0, longest * 1.17))
+        axes.set(xlabel="ms (bar: median, dots: samples)", xlim=(0, longest * 1.3))
         axes.invert_yaxis()
         description = "; ".join(f"{r.name}: median {_ms(r.median_ms)}" for r, _ in rows) + "."
         return Plot(name, title, description, _svg(figure, name))

@@ -7,6 +7,7 @@ The pages show what the records hold; they are written again whenever the record
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from tokred_export.disk import clear_disk_errors, write_atomic
 from tokred_export.report import plots, views
 from tokred_export.report.model import JudgedParity, JudgedSpeed, Report
 from tokred_export.report.plots import Plot
+from tokred_export.verify.records import ITSELF
 
 _HERE = Path(__file__).parent
 _OUTCOMES = {"PASS": "passed", "FAIL": "failed", "INCONCLUSIVE": "inconclusive"}
@@ -55,6 +57,7 @@ def render(report: Report, out_dir: Path) -> list[Path]:
     speed = [_speed_view(judged) for judged in report.speed]
     tokens = [_tokens_plot(report, index) for index in range(len(report.buckets))]
     values = {
+        "scope": _scope(report),
         "report": report,
         "buckets": list(zip(report.buckets, tokens, strict=True)),
         "parity": parity,
@@ -72,6 +75,12 @@ def render(report: Report, out_dir: Path) -> list[Path]:
         for name, text in texts.items():
             write_atomic(out_dir / name, text.encode())
     return [out_dir / name for name in texts]
+
+
+def _scope(report: Report) -> str:
+    """What the headline's "every gate held" leaves out."""
+    itself = [judged.record.backend.endswith(ITSELF) for judged in report.parity]
+    return f" for {ITSELF}; no engine was run" if itself and all(itself) else ""
 
 
 def _templates() -> jinja2.Environment:
@@ -106,7 +115,7 @@ def _parity_view(index: int, judged: JudgedParity) -> ParityView:
             plots.ErrorPoint(
                 kind=views.KINDS.get(row.kind, row.kind),
                 name=row.tensor.name,
-                error=row.tensor.rel_l2,
+                error=math.inf if row.tensor.nonfinite else row.tensor.rel_l2,
                 noise=row.tensor.noise_rel_l2,
                 tolerance=row.limit if row.limit > 0 else None,
             )

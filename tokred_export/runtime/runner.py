@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from tokred_export.backends.common import ENGINE_FILE, EngineInfo, list_gpus, read_engines
 from tokred_export.bundle import Bundle, rebuild_hint
@@ -14,6 +14,7 @@ from tokred_export.errors import BundleError, InvalidRequest
 from tokred_export.runtime import tensorrt_python
 from tokred_export.runtime.ort import Device, OrtRunner, load_onnxruntime, open_session
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE
+from tokred_export.specs import Backend
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +80,13 @@ def engine_folders(bundle: Bundle, backend: str) -> list[str]:
     """Folders of the bundle that hold engines of ``backend``, as the manifest lists them."""
     names = (name.rpartition("/") for name in bundle.manifest.files)
     folders = sorted(folder for folder, _, file in names if file == ENGINE_FILE)
-    return [folder for folder in folders if folder.startswith(f"engines/{backend}-")]
+    return [folder for folder in folders if _backend_of(folder) == backend]
+
+
+def _backend_of(folder: str) -> str | None:
+    """The backend that a folder below ``engines/`` is named for; one name begins with another."""
+    known = sorted(get_args(Backend), key=len, reverse=True)
+    return next((name for name in known if folder.startswith(f"engines/{name}-")), None)
 
 
 def engine_misfit(info: EngineInfo, bundle: Bundle, version: str, device: str) -> str | None:

@@ -11,6 +11,7 @@ Nothing is judged here; see :mod:`tokred_export.verify.judge`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -214,12 +215,14 @@ def _measure_site(
     """
     site = schedule.sites[index]
     noise = _score_noise(exact, rounded), _similarity_noise(exact, rounded)
+    # Where scores are NaN or infinite, rounding explains nothing.
+    usable = [n if math.isfinite(n) else 0.0 for n in noise]
     mine, theirs = list(_rows(base.choice)), list(_rows(engine))
     flips: list[Flip] = []
     for row, pair in enumerate(zip(mine, theirs, strict=True)):
         if not all(map(np.array_equal, *pair)):
             protected = site.tokens_in - schedule.protect_tail
-            flips += find_flips(index, row, *pair, _row_scores(exact, row, protected, *noise))
+            flips += find_flips(index, row, *pair, _row_scores(exact, row, protected, *usable))
     same = [_same(*pair) for pair in zip(mine, theirs, strict=True)]
     return SiteAgreement(
         site=index,
@@ -231,8 +234,8 @@ def _measure_site(
         same_target=float(np.mean([row[1] for row in same])),
         same_merge=float(np.mean([row[2] for row in same])),
         flips=tuple(flips),
-        importance_noise=noise[0],
-        similarity_noise=noise[1],
+        importance_noise=noise[0] if math.isfinite(noise[0]) else None,
+        similarity_noise=noise[1] if math.isfinite(noise[1]) else None,
     )
 
 

@@ -10,6 +10,9 @@ import msgspec
 
 from tokred_export.specs import ReductionSchedule, Spec
 
+# What a record's backend ends with where no engine was run.
+ITSELF = "the ONNX file itself"
+
 
 class Comparison(Spec, kw_only=True):
     """One tensor of a candidate against the same tensor of the baseline."""
@@ -55,8 +58,10 @@ class SiteAgreement(Spec, kw_only=True):
     same_source: float  # Jaccard of removed positions, mean over rows
     same_target: float  # share of common sources with the same target
     same_merge: float  # share of common sources on the same side of the prune/merge boundary
-    importance_noise: float = 0.0  # largest rounding difference of importances of prompt tokens
-    similarity_noise: float = 0.0  # and of similarities between the two halves
+    # Largest rounding difference of importances of prompt tokens, and of similarities between the
+    # two halves; None where some are NaN or infinite.
+    importance_noise: float | None = 0.0
+    similarity_noise: float | None = 0.0
     flips: tuple[Flip, ...] = ()
 
 
