@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,49 @@ def test_environment_variables_are_named_for_flags(capsys, model, monkeypatch):
     assert thirty != planned("--reduce", "20%")
     monkeypatch.setenv("TOKRED_PLAN_REDUCE", "130%")
     assert "130" in failing(capsys, ["plan", model], 2)
+
+
+def test_flags_that_contradict_each_other(capsys, model):
+    """In whatever order; a default contradicts nothing."""
+    for flags, said in (
+        (["--method", "none", "--reduce", "50%"], "--method none removes no token"),
+        (["--reduce", "50%", "--method", "none"], "--method none removes no token"),
+        (["--keep-ratio", "0.9", "--reduce", "30%"], "--keep-ratio takes the place of --reduce"),
+    ):
+        assert said in failing(capsys, ["plan", model, "--seq-len", "64", *flags], 2)
+    for flags in (["--method", "none"], ["--keep-ratio", "0.9", "--sites", "0,1"]):
+        assert run(["plan", str(model), "--seq-len", "64", *flags]) == 0
+
+
+def test_recorded_commands_stand_alone(capsys, model, tmp_path, monkeypatch):
+    """Variables and files are written out as flags: the record is read where neither is."""
+    config, out = tmp_path / "a file.toml", tmp_path / "out"
+    config.write_text(
+        f'model = "{model}"\nsites = [0, 1]\nno-verify = true\nseq-len = [32, "64"]\n'
+    )
+    monkeypatch.setenv("TOKRED_BUILD_KEEP_RATIO", "0.8")
+    monkeypatch.setenv("TOKRED_BUILD_QUIET", "1")
+    words = ["tokred-export", "build", "--config", str(config), "-o", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    assert run() == 0
+    made = json.loads((out / "export.json").read_text())
+    command = made["provenance"]["command"]
+    for flag in ("--sites 0,1", "--no-verify", "--seq-len 32 --seq-len 64", "--keep-ratio 0.8"):
+        assert flag in command
+    assert "--config" not in command and "a file" not in command and str(model) in command
+    monkeypatch.delenv("TOKRED_BUILD_KEEP_RATIO")
+    monkeypatch.setattr("sys.argv", [*shlex.split(command), "--force"])
+    assert run() == 0
+    again = json.loads((out / "export.json").read_text())
+    assert {n: f["sha256"] for n, f in again["files"].items() if n.endswith(".onnx")} == {
+        n: f["sha256"] for n, f in made["files"].items() if n.endswith(".onnx")
+    }
+
+
+def test_a_config_with_too_many_layers(capsys, model, tmp_path):
+    """Refused at once, before a name of every tensor fills the memory."""
+    edit_config(model, num_hidden_layers=10**9)
+    assert "num_hidden_layers" in failing(capsys, build(model, tmp_path / "out"), 4)
 
 
 def test_pytorch_out_of_memory(capsys, model, tmp_path, monkeypatch):

@@ -94,7 +94,11 @@ def test_numpy_prompts(session, kind):
     [
         ([], "no prompts"),
         (np.zeros((0, 4), np.int32), "no prompts"),
-        ("text", "no prompts"),
+        ("text", "prompts are of type str, expected a list of rows"),
+        (None, "prompts are of type NoneType, expected a list"),
+        (5, "prompts are of type int"),
+        (np.int32(5), "prompts are of type int32"),
+        (np.array(5), "prompts are of type ndarray"),
         ([[1]] * 3, "3 prompts were given, and prefill-4 takes at most 2"),
         ([[1] * 9], r"9 tokens, and the longest graph .* takes 8.*--seq-len"),
         ([[1], [2, 11]], "prompt 1 has the id 11 at position 1.*0 to 10"),

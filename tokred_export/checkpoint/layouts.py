@@ -17,6 +17,9 @@ from tokred_export.errors import CheckpointError
 from tokred_export.specs import ModelSpec
 
 Size = Annotated[int, msgspec.Meta(ge=1)]
+# Every tensor of every layer is named before weights are looked at: a slip of the keyboard must not
+# take all memory.
+Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 Limit = float | str | dict[str, str]
 
 KNOWN = (
@@ -34,7 +37,7 @@ class _TransformersConfig(msgspec.Struct):
     architectures: list[str] | None = None
     vocab_size: Size = 32768
     hidden_size: Size = 4096
-    num_hidden_layers: Size = 64
+    num_hidden_layers: Layers = 64
     num_heads: Size = 128
     head_dim: Size = 64
     state_size: Size = 128
@@ -55,7 +58,7 @@ class _MambaSsmConfig(msgspec.Struct):
     """``MambaConfig``."""
 
     d_model: Size
-    n_layer: Size
+    n_layer: Layers
     d_intermediate: int | list[int] = 0
     vocab_size: Size = 50277
     ssm_cfg: dict[str, Any] | None = None

@@ -10,11 +10,13 @@ import time
 import warnings
 from collections.abc import Iterator
 
+import click
 import msgspec
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+_ELSEWHERE = (click.core.ParameterSource.ENVIRONMENT, click.core.ParameterSource.DEFAULT_MAP)
 # Rich itself honours NO_COLOR and drops colours where the stream is no terminal.
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -77,5 +79,39 @@ def print_json(value: object) -> None:
 
 
 def command_line() -> str:
-    """What was typed, for records: the program by its name, whatever started it."""
-    return shlex.join(["tokred-export", *sys.argv[1:]])
+    """What was typed, for records: the program by its name, whatever started it.
+
+    What came from variables and from a --config file is written out as flags: a record is read
+    where neither is.
+    """
+    context = click.get_current_context(silent=True)
+    words = ["tokred-export", *sys.argv[1:]]
+    if context is None:
+        return shlex.join(words)
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name)
+        if source not in _ELSEWHERE:
+            continue
+        if isinstance(option, click.Argument):
+            words.append(str(context.lookup_default(option.name)))
+            continue
+        flag = next(text for text in option.opts if text.startswith("--"))
+        if source is click.core.ParameterSource.ENVIRONMENT:
+            value = option.value_from_envvar(context)
+        else:
+            value = context.lookup_default(option.name)
+        if option.is_flag:
+            words += [flag] if context.params.get(option.name) else []
+        else:
+            items = value if isinstance(value, list | tuple) else [value]
+            words += [word for item in items for word in (flag, str(item))]
+    return shlex.join(_without_config(words))
+
+
+def _without_config(words: list[str]) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--config" and not word.startswith("--config="):
+            kept.append(word)
+        skip = word == "--config" and not skip
+    return kept

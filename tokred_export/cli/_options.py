@@ -107,6 +107,25 @@ def shared_options(command: Callable) -> Callable:
     return command
 
 
+def _refuse_contradictions(
+    ctx: click.Context, param: click.Parameter, value: object
+) -> object:
+    """--reduce beside what makes it mean nothing, in whatever order they were given."""
+    typed = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) in typed
+
+    if given("target") and given(param.name):
+        if param.name == "method" and value == "none":
+            raise click.UsageError("--method none removes no token: leave out --reduce", ctx)
+        if param.name == "keep_ratio":
+            raise click.UsageError(
+                "--keep-ratio takes the place of --reduce: give one of the two", ctx
+            )
+    return value
+
+
 def reduction_options(command: Callable) -> Callable:
     """The flags that make a ReductionSpec."""
     for option in (
@@ -125,6 +144,7 @@ def reduction_options(command: Callable) -> Callable:
         click.option("--sites", type=SITES, help="Layers after which to reduce, such as 5,7,9."),
         click.option(
             "--keep-ratio", type=click.FloatRange(0, 1, min_open=True),
+            callback=_refuse_contradictions,
             help="Keep this share at every site, instead of solving for --reduce.",
         ),
         click.option(
@@ -134,10 +154,11 @@ def reduction_options(command: Callable) -> Callable:
         click.option(
             "--method", default="utrc", show_default=True,
             type=click.Choice(["utrc", "utrc-code", "evit", "pumer", "none"]),
+            callback=_refuse_contradictions,
             help="How tokens are chosen and what becomes of them.",
         ),
         click.option(
-            "--reduce", "target", type=SHARE, default="20%", show_default=True,
+            "--reduce", "target", type=SHARE, default="20%", show_default=True, is_eager=True,
             help="Share of prefill FLOPs to save.",
         ),
     ):

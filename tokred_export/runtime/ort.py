@@ -84,8 +84,11 @@ def require_provider(device: Device) -> list[str]:
     """ONNX Runtime's providers for ``device``, the wanted one first.
 
     Raises:
+        InvalidRequest: no such device.
         EnvironmentUnable: this ONNX Runtime was built without that provider.
     """
+    if device not in PROVIDERS:
+        raise InvalidRequest(f"no device {device!r}, expected one of {', '.join(PROVIDERS)}")
     ort, wanted = load_onnxruntime(), PROVIDERS[device]
     if wanted[0] not in ort.get_available_providers():
         raise EnvironmentUnable(

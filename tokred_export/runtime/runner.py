@@ -68,6 +68,10 @@ def open_runner(
             f"no runner for the backend {backend!r}, expected onnxruntime or tensorrt: run its "
             "engines with that backend's own tools"
         )
+    if engine not in get_args(EngineUse):
+        raise InvalidRequest(f"engine={engine!r}, expected one of {', '.join(get_args(EngineUse))}")
+    if threads is not None and threads < 1:
+        raise InvalidRequest(f"threads={threads}, expected at least 1, or None for all")
     path = bundle.path / bundle.manifest.components[component].file
     if engine != "ignore":
         path = _find_engine(bundle, component, device, engine) or path

@@ -189,9 +189,18 @@ class Session:
 
 def _as_rows(prompts: Prompts, vocab_size: int) -> list[np.ndarray]:
     """Each prompt as a checked array of ids."""
-    if isinstance(prompts, str) or len(prompts) == 0:
+    try:
+        rows = None if isinstance(prompts, str | bytes) else list(prompts)
+    except TypeError:  # None, a number, an array without dimensions
+        rows = None
+    if rows is None:
+        raise InvalidRequest(
+            f"prompts are of type {type(prompts).__name__}, expected a list of rows of token ids: "
+            "tokenize text first, and put a single prompt in a list"
+        )
+    if not rows:
         raise InvalidRequest("no prompts were given, expected at least one row of token ids")
-    return [_as_row(prompt, index, vocab_size) for index, prompt in enumerate(prompts)]
+    return [_as_row(prompt, index, vocab_size) for index, prompt in enumerate(rows)]
 
 
 def _as_row(prompt: Sequence[int], index: int, vocab_size: int) -> np.ndarray:
