@@ -156,6 +156,13 @@ def require_writable(bundle: Bundle) -> None:
             )
 
 
+def unlisted_files(bundle: Bundle) -> list[str]:
+    """Files below the bundle's folder that its manifest says nothing of."""
+    there = (path for path in sorted(bundle.path.rglob("*")) if not path.is_dir())
+    names = (path.relative_to(bundle.path).as_posix() for path in there)
+    return [name for name in names if name != MANIFEST and name not in bundle.manifest.files]
+
+
 def verify_files(bundle: Bundle, skip: tuple[str, ...] = ()) -> None:
     """Check size and sha256 of every listed file, but for names that start with one of ``skip``.
 

@@ -108,6 +108,25 @@ def test_a_bundle_that_cannot_be_written(capsys, bundle, verb, monkeypatch):
     assert "cannot write to" in said and "records and report pages go" in said
 
 
+def test_files_that_are_not_of_the_bundle(capsys, bundle):
+    """What nobody vouches for is named."""
+    assert run(["inspect", str(bundle)]) == 0
+    assert "not of the bundle" not in capsys.readouterr().err
+    (bundle / "engines" / "run.py").write_text("print()")
+    assert run(["inspect", str(bundle)]) == 0
+    assert "not of the bundle: engines/run.py" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_output_that_finds_no_room(bundle):
+    """Is the machine's fault, in one sentence."""
+    command = [sys.executable, "-m", "tokred_export", "inspect", "--json", str(bundle)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == "error: the result cannot be written (No space left on device)\n"
+
+
 def test_a_junit_file_that_is_a_folder(capsys, bundle, tmp_path):
     """Before the work, not after."""
     said = failing(capsys, ["verify", bundle, "--junit", tmp_path, "--quiet"], 2)

@@ -6,6 +6,7 @@ build failed, 5 inconclusive, 70 internal error.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -91,15 +92,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _as_json(arguments, OUT_OF_MEMORY, _say(f"error: {OUT_OF_MEMORY}", 3))
     # Rich and Click make of a broken pipe an exit with 1, which would read as "a gate failed".
     except (BrokenPipeError, SystemExit):
-        # What is still in the buffer would raise once more when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 141  # as the shell reports a reader that went away
     except Exception as error:  # noqa: BLE001  Python's own exit code 1 would read as "a gate failed"
         if ran_out_of_memory(error):  # PyTorch has no class of its own for it on a CPU
             return _as_json(arguments, OUT_OF_MEMORY, _say(f"error: {OUT_OF_MEMORY}", 3))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _forget_output()
+            return _say(f"error: the result cannot be written ({error.strerror})", 3)
         traceback.print_exc()
         said = "internal error: please report it with the lines above"
         return _as_json(arguments, f"internal error: {error}", _say(said, 70))
+
+
+def _forget_output() -> None:
+    """What is still in the buffer would raise once more when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _as_json(arguments: Sequence[str] | None, error: str, code: int) -> int:

@@ -16,7 +16,7 @@ from tokred_export.cli._options import shared_options
 def command(bundle: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Show what is in a bundle, and check the hash of every file. Needs no torch."""
     from tokred_export.backends.common import read_engines
-    from tokred_export.bundle import read_bundle, verify_files
+    from tokred_export.bundle import read_bundle, unlisted_files, verify_files
     from tokred_export.manifest import describe_reduction
     from tokred_export.runtime.runner import engine_folders
 
@@ -56,3 +56,9 @@ def command(bundle: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
     _console.out.print(
         f"{len(manifest.files)} files, {total / 1e6:.1f} MB, all hashes as recorded", markup=False
     )
+    others = [name for name in unlisted_files(found) if not name.startswith("reports/")]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        _console.err.print(
+            f"warning: not of the bundle: {', '.join(others[:3])}{more}", markup=False
+        )
