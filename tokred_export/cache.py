@@ -35,7 +35,7 @@ from tokred_export.disk import (
     sync_folder,
     write_atomic,
 )
-from tokred_export.errors import BuildFailed
+from tokred_export.errors import BuildFailed, InvalidRequest
 from tokred_export.manifest import library_versions
 from tokred_export.units import parse_size
 
@@ -63,7 +63,10 @@ def default_limit() -> int:
     Raises:
         InvalidRequest: the variable is not a size such as 500M or 20G.
     """
-    return parse_size(os.environ.get("TOKRED_CACHE_LIMIT") or DEFAULT_LIMIT)
+    try:
+        return parse_size(os.environ.get("TOKRED_CACHE_LIMIT") or DEFAULT_LIMIT)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"TOKRED_CACHE_LIMIT: {error}") from error
 
 
 def stage_key(**parts: object) -> str:

@@ -140,7 +140,7 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(
             f"{name} is {dtype_name(tensor)}, expected float32, float16 or bfloat16: "
-            "quantised checkpoints are not supported, give the original"
+            "save the model in one of these, or give the original of a quantised one"
         )
     if count := _count_not_finite(tensor):
         raise CheckpointError(

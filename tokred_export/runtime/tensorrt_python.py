@@ -7,6 +7,7 @@ serves may be another: ``TOKRED_TENSORRT_PYTHON`` names it.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,11 @@ def installed_version() -> str | None:
 
 def missing() -> str:
     """What to do where it cannot be imported."""
+    if not is_here() and shutil.which(interpreter()) is None:
+        return (
+            f"TOKRED_TENSORRT_PYTHON names {interpreter()}, which is no program, so that TensorRT "
+            f"cannot be imported by {interpreter()}: name the Python that has it"
+        )
     return (
         f"TensorRT cannot be imported by {interpreter()}: install the package tensorrt there, or "
         "name another Python in TOKRED_TENSORRT_PYTHON"
