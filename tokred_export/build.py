@@ -311,7 +311,8 @@ def _write_pages(bundle: Bundle, refused: str | None, min_speedup: float | None)
     if not judged:
         missing.append(Missing(what="Parity", why="not measured"))
     if not timed:
-        missing.append(Missing(what="Speed", why=refused or "not measured"))
+        why = (refused or "not measured").removeprefix("speed is ")
+        missing.append(Missing(what="Speed", why=why))
     report = Report(
         title=f"{Path(manifest.provenance.model_source).name}, "
         f"{describe_reduction(manifest.spec.reduction)}",
