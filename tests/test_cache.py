@@ -287,5 +287,5 @@ def test_defaults_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("TOKRED_CACHE_LIMIT", "4k")
     assert Cache().limit == 4096
     monkeypatch.setenv("TOKRED_CACHE_LIMIT", "lots")
-    with pytest.raises(InvalidRequest, match="TOKRED_CACHE_LIMIT: .*not a size"):
+    with pytest.raises(InvalidRequest, match=r"TOKRED_CACHE_LIMIT: .*not a size"):
         default_limit()

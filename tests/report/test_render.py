@@ -201,7 +201,7 @@ def test_an_engine_that_was_not_run_says_so(pages):
     """TensorRT-RTX: built here, not run, and why; the other engine says nothing of the kind."""
     for text in (Page(pages[0]).text, unescape(pages[1]).replace("**", "")):
         assert text.count("Built, not run:") == 1
-        assert re.search(r"Built, not run:\W+TensorRT-RTX needs an RTX GPU", re.sub("<[^>]*>", "", text))
+        assert re.search(r"Built, not run:\s+TensorRT-RTX needs an RTX GPU", text)
 
 
 def test_markdown_tables_have_as_many_cells_as_their_heads(pages):
