@@ -79,8 +79,8 @@ def missing() -> str:
     """What to do where it cannot be imported."""
     if not is_here() and shutil.which(interpreter()) is None:
         return (
-            f"TOKRED_TENSORRT_PYTHON names {interpreter()}, which is no program, so that TensorRT "
-            f"cannot be imported by {interpreter()}: name the Python that has it"
+            f"TOKRED_TENSORRT_PYTHON names {interpreter()}, which is no program here: name the "
+            "Python that has TensorRT"
         )
     return (
         f"TensorRT cannot be imported by {interpreter()}: install the package tensorrt there, or "
