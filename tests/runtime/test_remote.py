@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -267,6 +268,7 @@ def test_an_answer_that_nobody_waited_for(connect, monkeypatch):
     check_run(runner)
 
     def interrupt():
+        time.sleep(0.2)  # its answer is in the pipe by now
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -163,7 +163,8 @@ def test_without_tensorrt(opened, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKRED_TENSORRT_PYTHON", str(tmp_path / "no-python"))
     tensorrt_python.installed_version.cache_clear()
     bundle = with_engines(tmp_path / "out", {})
-    with pytest.raises(EnvironmentUnable, match=r"TOKRED_TENSORRT_PYTHON names .*no-python, which is no"):
+    said = r"TOKRED_TENSORRT_PYTHON names .*no-python, which is no program here"
+    with pytest.raises(EnvironmentUnable, match=said):
         open_runner(bundle, NAME, "tensorrt")
     tensorrt_python.installed_version.cache_clear()
 

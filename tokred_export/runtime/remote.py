@@ -128,8 +128,10 @@ class RemoteRunner:
         except TokredError:
             raise
         except BaseException:
-            # Nobody would know which request the next answer is to.
+            # Nobody would know which request the next answer is to. One may lie in the pipe
+            # already: none is asked for once the process is gone for certain.
             self._process.kill()
+            self._process.wait()
             raise
 
     def _answer(self) -> dict[str, Any]:
