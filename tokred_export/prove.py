@@ -25,7 +25,7 @@ from tokred_export.model import Mamba2
 from tokred_export.pipeline import Line
 from tokred_export.runtime.ort import OrtRunner, open_session
 from tokred_export.runtime.remote import RemoteRunner
-from tokred_export.runtime.runner import Runner, open_runner
+from tokred_export.runtime.runner import Runner, close, open_runner
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE, open_engine, require_version
 from tokred_export.runtime.trt import TrtRunner
 from tokred_export.specs import Backend, Dtype, ReductionSchedule
@@ -108,12 +108,6 @@ def _describe(line: Line, backend: Backend) -> str:
     if backend == "tensorrt":
         return f"tensorrt {require_version()} ({list_gpus()[0].name})"
     return f"{backend} ({line.spec.device.upper()})"
-
-
-def close(runner: Runner) -> None:
-    """Give a runner's memory back where it holds a GPU's."""
-    if hasattr(runner, "close"):
-        runner.close()
 
 
 def _measure(

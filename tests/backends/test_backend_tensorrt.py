@@ -221,11 +221,16 @@ def check_engine(info, path, out, version, form):
         assert (out / LAUNCHER_FILE).read_text() == launcher_text(version)
 
 
-def test_kernels_are_split_for_the_gpu_that_is_here(machine, source, tmp_path, monkeypatch):
+def test_kernels_are_split_for_the_gpu_that_is_here(
+    machine, source, tmp_path, monkeypatch, caplog
+):
     """Where its driver can be asked; otherwise for a large one."""
     machine(NEWEST, launcher=False)
+    caplog.set_level("WARNING", logger="tokred_export")  # a --quiet of another test stays
     large = build(source("half"), tmp_path / "large")
-    monkeypatch.setattr(backend, "Device", lambda: SimpleNamespace(multiprocessors=2))
+    assert "split as for a large GPU" in caplog.text
+    asked = SimpleNamespace(multiprocessors=2, destroy_stream=lambda: None)
+    monkeypatch.setattr(backend, "Device", lambda: asked)
     small = build(source("half"), tmp_path / "small")
     assert large.options["plugins.ssd_pass"] == 2 and "plugins.ssd_scan" not in large.options
     assert small.options["plugins.ssd_scan"] == 2 and "plugins.ssd_pass" not in small.options
@@ -281,12 +286,11 @@ def test_builds_that_fail(machine, source, tmp_path, trouble):
 
 
 def test_timings_of_another_gpu(machine, source, tmp_path):
-    """They are not used, and this GPU's take their place."""
+    """They are refused by name, not used."""
     machine(OLD)
     (tmp_path / "own.cache").write_text("of another GPU")
-    build(source("half"), tmp_path / "out", timing_cache=tmp_path / "own.cache")
-    assert builds(tmp_path)[0]["timings"] == []
-    assert (tmp_path / "own.cache").read_text() == "timings of kernels.onnx"
+    with pytest.raises(BuildFailed, match=r"own\.cache is of another GPU or TensorRT: remove it"):
+        build(source("half"), tmp_path / "out", timing_cache=tmp_path / "own.cache")
 
 
 def test_bfloat16_needs_a_later_release(machine, source, tmp_path):

@@ -229,7 +229,8 @@ def test_recorded_commands_stand_alone(capsys, model, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("TOKRED_BUILD_KEEP_RATIO", "0.8")
     monkeypatch.setenv("TOKRED_BUILD_QUIET", "1")
-    words = ["tokred-export", "build", "--config", str(config), "-o", str(out)]
+    monkeypatch.setenv("TOKRED_BUILD_CONFIG", str(config))
+    words = ["tokred-export", "build", "-o", str(out)]
     monkeypatch.setattr("sys.argv", words)
     assert run() == 0
     made = json.loads((out / "export.json").read_text())
@@ -238,6 +239,7 @@ def test_recorded_commands_stand_alone(capsys, model, tmp_path, monkeypatch):
         assert flag in command
     assert "--config" not in command and "a file" not in command and str(model) in command
     monkeypatch.delenv("TOKRED_BUILD_KEEP_RATIO")
+    monkeypatch.delenv("TOKRED_BUILD_CONFIG")
     monkeypatch.setattr("sys.argv", [*shlex.split(command), "--force"])
     assert run() == 0
     again = json.loads((out / "export.json").read_text())

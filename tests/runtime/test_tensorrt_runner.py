@@ -114,6 +114,7 @@ def test_the_one_that_fits(machine, opened, tmp_path):
 
 def test_an_engine_that_another_gpu_tuned(machine, opened, tmp_path, caplog):
     """It runs on any of its compute capability; that it may be slow is said."""
+    caplog.set_level("WARNING", logger="tokred_export")  # a --quiet of another test stays
     for name, said in (("NVIDIA H100", 0), ("NVIDIA H200", 1)):
         bundle = with_engines(tmp_path / name, {"options": {"gpu": name}})
         assert open_runner(bundle, NAME, "tensorrt").source.is_file()

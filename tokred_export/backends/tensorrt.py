@@ -9,6 +9,7 @@ that ``TOKRED_TENSORRT_PYTHON`` names, or else in this one.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -43,6 +44,7 @@ from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE
 from tokred_export.runtime.trt import launcher_misfit, release
 
 NAME = "tensorrt"
+_log = logging.getLogger(__name__)
 QUICK_SINCE = (10, 15)
 OLDEST = (8, 6)
 _MODULE = "tokred_export.backends.tensorrt_build"
@@ -214,10 +216,7 @@ def _lower(
     """
     from tokred_export.export.lower import lower
 
-    try:
-        processors = Device().multiprocessors
-    except EnvironmentUnable:  # TensorRT's own Python may be the only one with cuda-bindings
-        processors = None
+    processors = _multiprocessors()
     if form == "quick":  # TensorRT tunes these itself
         return lower(source, target, form, sm, batch, multiprocessors=processors)
     from tokred_export.backends.tune import Tuner
@@ -227,6 +226,19 @@ def _lower(
         return lower(source, target, form, sm, batch, tuner.best, processors)
     finally:
         tuner.close()
+
+
+def _multiprocessors() -> int | None:
+    """Of the GPU; None, said in the log, where this Python cannot ask it."""
+    try:
+        device = Device()
+    except EnvironmentUnable as error:  # TensorRT's own Python may be the only one that can
+        _log.warning("scans are split as for a large GPU, for this one cannot be asked: %s", error)
+        return None
+    try:
+        return device.multiprocessors
+    finally:
+        device.destroy_stream()
 
 
 def _calls(lowered: Path) -> tuple[str, ...]:

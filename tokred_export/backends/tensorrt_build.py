@@ -163,8 +163,7 @@ def _config(
         file = Path(asked.timing_cache)
         known = file.read_bytes() if file.is_file() else b""
         if not config.set_timing_cache(config.create_timing_cache(known), False):
-            print(f"the timing cache {file} is of another GPU or TensorRT: begun anew", flush=True)
-            config.set_timing_cache(config.create_timing_cache(b""), False)
+            raise BuildFailed(f"the timing cache {file} is of another GPU or TensorRT: remove it")
     if asked.batches is not None:
         config.add_optimization_profile(job.batch_profile(builder, network, *asked.batches))
     if hasattr(trt, "IProgressMonitor"):  # 8.6 has none

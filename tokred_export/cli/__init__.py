@@ -49,7 +49,7 @@ class _Verbs(click.Group):
         module = importlib.import_module(f"tokred_export.cli.{name}")
         for option in module.command.params:
             if isinstance(option, click.Option) and option.envvar is None:
-                # Named for the flag: Click's own choice would be our name for its value.
+                # Named for the flag: Click would name it for our name of its value.
                 flag = next(text for text in option.opts if text.startswith("--"))
                 option.envvar = f"TOKRED_{name}_{flag[2:]}".replace("-", "_").upper()
         return module.command
@@ -61,7 +61,7 @@ class _Verbs(click.Group):
 
 @click.group(
     cls=_Verbs,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "TOKRED"},
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "Exit codes: 0 all gates passed, 1 a gate failed, 2 usage, 3 the environment cannot, "
         "4 export or build failed, 5 inconclusive, 70 internal error."

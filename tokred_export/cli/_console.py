@@ -85,15 +85,17 @@ def command_line() -> str:
     where neither is.
     """
     context = click.get_current_context(silent=True)
-    words = ["tokred-export", *sys.argv[1:]]
+    typed, flags, places = sys.argv[1:], [], []
     if context is None:
-        return shlex.join(words)
+        return shlex.join(["tokred-export", *typed])
     for option in context.command.params:
         source = context.get_parameter_source(option.name)
         if source not in _ELSEWHERE:
             continue
         if isinstance(option, click.Argument):
-            words.append(str(context.lookup_default(option.name)))
+            places.append(str(context.lookup_default(option.name)))
+            continue
+        if option.name == "config":  # its values are here one by one
             continue
         flag = next(text for text in option.opts if text.startswith("--"))
         if source is click.core.ParameterSource.ENVIRONMENT:
@@ -101,11 +103,13 @@ def command_line() -> str:
         else:
             value = context.lookup_default(option.name)
         if option.is_flag:
-            words += [flag] if context.params.get(option.name) else []
+            flags += [flag] if context.params.get(option.name) else []
         else:
             items = value if isinstance(value, list | tuple) else [value]
-            words += [word for item in items for word in (flag, str(item))]
-    return shlex.join(_without_config(words))
+            flags += [word for item in items for word in (flag, str(item))]
+    # Behind the verb, before a "--" that somebody may have typed.
+    words = [*typed[:1], *flags, *_without_config(typed[1:]), *places]
+    return shlex.join(["tokred-export", *words])
 
 
 def _without_config(words: list[str]) -> list[str]:

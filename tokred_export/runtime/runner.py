@@ -80,6 +80,12 @@ def open_runner(
     return runner
 
 
+def close(runner: Runner) -> None:
+    """Give a runner's memory and process back where it holds any."""
+    if hasattr(runner, "close"):
+        runner.close()
+
+
 def engine_folders(bundle: Bundle, backend: str) -> list[str]:
     """Folders of the bundle that hold engines of ``backend``, as the manifest lists them."""
     names = (name.rpartition("/") for name in bundle.manifest.files)

@@ -18,7 +18,7 @@ from tokred_export.bundle import Bundle, read_bundle, verify_files
 from tokred_export.errors import BundleError, InvalidRequest
 from tokred_export.manifest import Component
 from tokred_export.runtime.ort import Device
-from tokred_export.runtime.runner import EngineUse, Runner, open_runner
+from tokred_export.runtime.runner import EngineUse, Runner, close, open_runner
 
 Prompts = Sequence[Sequence[int]] | np.ndarray
 
@@ -67,9 +67,7 @@ class Session:
         """Give back the memory and processes of engines; they are opened again when needed."""
         with self._opening:
             while self._runners:
-                runner = self._runners.popitem()[1]
-                if hasattr(runner, "close"):
-                    runner.close()
+                close(self._runners.popitem()[1])
 
     def __enter__(self) -> Session:
         return self
