@@ -124,10 +124,11 @@ def compile_call(call: Call, target: int, strip: bool = True) -> Compiled:
     if target not in PTX_VERSIONS:
         known = ", ".join(map(str, PTX_VERSIONS))
         raise ValueError(f"no kernels for compute capability {target / 10}; choose from {known}")
-    if target < call.tactic.since:
+    since, until = call.tactic.since, call.tactic.until
+    if not since <= target <= until:
         raise DoesNotFit(
-            f"{call.kernel.name} with {call.tactic} is for compute capability "
-            f"{call.tactic.since / 10} and later, not {target / 10}"
+            f"{call.kernel.name} with {call.tactic} is for compute capability {since / 10}"
+            + (" and later" if target < since else f" to {until / 10}") + f", not {target / 10}"
         )
     ptx, metadata = _to_ptx(call, target)
     limit = SHARED_LIMITS[target]
@@ -203,6 +204,12 @@ def source_of(call: Call) -> Any:  # noqa: ANN401  Triton is imported late
 def _to_ptx(call: Call, target: int) -> tuple[str, dict]:
     """Triton's own stages up to PTX: ``triton.compile`` would go on to ptxas, which need not
     know the target here, and which takes longer than all the rest."""
+    written = None if call.kernel.write is None else call.kernel.write(call)
+    if written is not None:
+        return written.ptx, {
+            "name": written.entry, "shared": written.shared,
+            "global_scratch_size": written.scratch,
+        }
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend

@@ -13,7 +13,9 @@ handed to TensorRT. Importing this module needs neither torch nor Triton.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,16 +48,35 @@ class Tactic:
         num_warps: warps of a block.
         num_stages: depth of software pipelines.
         since: least compute capability, times ten, that it is for.
+        until: last one that it is for.
     """
 
     blocks: Mapping[str, int]
     num_warps: int
     num_stages: int = 1
     since: int = 0
+    until: int = 999
 
     def __str__(self) -> str:
         blocks = " ".join(f"{name}={size}" for name, size in self.blocks.items())
         return f"{blocks} warps={self.num_warps} stages={self.num_stages}"
+
+
+@dataclass(frozen=True)
+class Written:
+    """PTX that did not come from Triton, with the entry's parameters as Triton lays them out.
+
+    Attributes:
+        ptx: the code; its entry also takes Triton's two pointers of its own, last.
+        entry: name of the function.
+        shared: bytes of dynamic shared memory.
+        scratch: bytes of global memory for each block, aligned to 128, at the first of the two.
+    """
+
+    ptx: str
+    entry: str
+    shared: int
+    scratch: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,7 @@ class Kernel:
         extras: int32 scalars.
         outputs: pointers written, every element of them.
         tactics: candidates; the first suits 16-bit tensors of every shape.
+        write: the code of tactics that Triton cannot compile; None for those that it can.
     """
 
     name: str
@@ -77,6 +99,13 @@ class Kernel:
     extras: tuple[str, ...]
     outputs: tuple[str, ...]
     tactics: tuple[Tactic, ...]
+    write: Callable[[Call], Written | None] | None = None
+
+    @property
+    def code(self) -> str:
+        """Changes with the source of what runs, the functions that it calls included."""
+        written = "" if self.write is None else inspect.getsource(inspect.getmodule(self.write))
+        return self.fn.cache_key + hashlib.sha256(written.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -114,6 +143,9 @@ def launch(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         The outputs by name, freshly allocated.
+
+    Raises:
+        ValueError: a tactic that is PTX alone; ``aot.compile_call`` compiles it.
     """
     import torch
 
@@ -131,6 +163,8 @@ def launch(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def launch_into(call: Call, tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
     """:func:`launch` into tensors that exist already."""
     kernel = call.kernel
+    if kernel.write is not None and kernel.write(call) is not None:
+        raise ValueError(f"{kernel.name} with {call.tactic} is PTX: Triton does not launch it")
     given = [tensors[name] if name in call.inputs else None for name in kernel.inputs]
     extras = [call.extras[name] for name in kernel.extras]
     made = [outputs[name] for name in kernel.outputs]

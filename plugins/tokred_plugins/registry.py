@@ -56,7 +56,7 @@ def call_to_json(call: Call) -> str:
         "constants": dict(call.constants),
         "tactic": [
             dict(call.tactic.blocks), call.tactic.num_warps, call.tactic.num_stages,
-            call.tactic.since,
+            call.tactic.since, call.tactic.until,
         ],
         "grid": list(call.grid),
     }

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
@@ -27,11 +26,15 @@ def every_call() -> Iterator[Call]:
     done = set()
     for length in (2048, 1):  # products of many rows, and of few
         yield from linear.calls(Spec((1, length, 768), "fp16"), Spec((768, 3352), "fp16"))
-    small = [t for t in linear.LINEAR.tactics if t.blocks["PROGRAMS"]][-1]
-    split = replace(small, blocks={**small.blocks, "SPLIT": 2})
-    yield from linear.calls(
-        Spec((1, 2048, 768), "fp16"), Spec((768, 3352), "fp16"), tactics={"linear": split}
-    )
+    for cluster in (0, 1):
+        described = [
+            t for t in linear.LINEAR.tactics
+            if t.blocks["PROGRAMS"] and t.blocks["CLUSTER"] == cluster
+        ]
+        yield from linear.calls(
+            Spec((1, 2048, 768), "fp16"), Spec((3352, 768), "fp16"), turned=True,
+            tactics={"linear": described[-1]},
+        )
     for batch in (1, 8):  # some kernels are for few tokens, others for many
         for case in cases(MODELS["130m"], batch, 2048, "fp16"):
             calls = case.launches()
@@ -64,7 +67,7 @@ def main() -> None:
             try:
                 compiled = compile_call(call, target)
             except DoesNotFit:
-                assert target < call.tactic.since
+                assert not call.tactic.since <= target <= call.tactic.until
                 continue
             expected = [*call.inputs, *call.kernel.extras, *call.outputs]
             facts = {

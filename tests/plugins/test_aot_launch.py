@@ -88,19 +88,26 @@ def test_ptx_gives_what_triton_gives(name):
 
 @pytest.mark.skipif(TARGET not in PTX_VERSIONS, reason=f"sm_{TARGET} is no target of ours")
 @pytest.mark.parametrize("turned", [False, True], ids=["K x N", "N x K"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("tactic", linear.LINEAR.tactics, ids=str)
-def test_products(tactic, turned):
-    """Against float64: descriptors are other code ahead of time than at Triton's own launch."""
-    random = torch.Generator("cuda").manual_seed(0)
-    x, weight = (
-        torch.randn(shape, generator=random, device="cuda").half()
-        for shape in ((3, 701, 768), (1160, 768) if turned else (768, 1160))
-    )
-    (call,) = linear.calls(spec_of(x), spec_of(weight), turned, tactics={"linear": tactic})
-    try:
-        compiled = compile_call(call, TARGET)
-    except DoesNotFit as refused:
-        pytest.skip(str(refused))
-    expected = x.double() @ (weight.double().T if turned else weight.double())
-    got = launch_ptx(compiled, {"x": x, "weight": weight})["y"].double()
-    assert (got - expected).norm() / expected.norm() < 1e-3
+def test_products(tactic, dtype, turned):
+    """Against float64: descriptors are other code ahead of time than at Triton's own launch, and
+    products for clusters are none of Triton's. Many tiles, none whole; one; less than one."""
+    if tactic.blocks["CLUSTER"] and not turned:
+        pytest.skip("clusters are for weights stored as [N, K]")
+    for batch, length, inner, columns in ((3, 701, 776, 1160), (1, 64, 64, 256), (2, 17, 8, 24)):
+        random = torch.Generator("cuda").manual_seed(0)
+        x, weight = (
+            torch.randn(shape, generator=random, device="cuda").to(dtype)
+            for shape in ((batch, length, inner), (columns, inner) if turned else (inner, columns))
+        )
+        (call,) = linear.calls(spec_of(x), spec_of(weight), turned, tactics={"linear": tactic})
+        try:
+            compiled = compile_call(call, TARGET)
+        except DoesNotFit as refused:
+            pytest.skip(str(refused))
+        expected = x.double() @ (weight.double().T if turned else weight.double())
+        got = launch_ptx(compiled, {"x": x, "weight": weight})["y"].double()
+        # One rounding of the result, uniform in a binade: 2^-11 or 2^-8 over the root of 3.
+        limit = 4e-4 if dtype == torch.float16 else 3.2e-3
+        assert (got - expected).norm() / expected.norm() < limit

@@ -94,9 +94,8 @@ class Tuner:
         import triton
 
         shapes = {name: (spec.shape, spec.dtype) for name, spec in call.outputs.items()}
-        code = call.kernel.fn.cache_key  # Triton's, over the functions that it calls too
         parts = (
-            call.kernel.name, code, triton.__version__, self._sm, dict(call.inputs),
+            call.kernel.name, call.kernel.code, triton.__version__, self._sm, dict(call.inputs),
             dict(call.extras), shapes, dict(call.constants),
         )
         return repr(parts)

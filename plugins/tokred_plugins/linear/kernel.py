@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from tokred_plugins.kernels import PRECISION, Call, Constant, Kernel, Spec, Tactic, cdiv, choose
+from tokred_plugins.linear import hopper
 
 
 @triton.jit
@@ -29,11 +30,12 @@ def linear_kernel(
     x, weight, length, y,
     K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, SPLIT: tl.constexpr,
+    PROGRAMS: tl.constexpr, CLUSTER: tl.constexpr,
 ):
+    tl.static_assert(CLUSTER == 0, "with clusters it is hopper.py's")
     if PROGRAMS > 0:
         _by_descriptors(x, weight, length, y, K, N, TURNED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-                        PROGRAMS, SPLIT)
+                        PROGRAMS)
     else:
         _by_pointers(x, weight, length, y, K, N, TURNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                      GROUP)
@@ -44,7 +46,7 @@ def _by_descriptors(
     x, weight, length, y,
     K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, SPLIT: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     # One program a multiprocessor, each doing many tiles, fed by the tensor memory accelerator.
     # The rows of all sequences are one matrix; programs of the others have nothing to do.
@@ -52,56 +54,23 @@ def _by_descriptors(
         rows = length * tl.num_programs(2)
         tiles_m = tl.cdiv(rows, BLOCK_M)
         tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-        tiles = tiles_m * tiles_n
-        # The last tiles, which are fewer than programs, may be done in narrow pieces by all.
-        whole = tiles // PROGRAMS * PROGRAMS if SPLIT > 1 else tiles
         rows_of = tl.make_tensor_descriptor(x, [rows, K], [K, 1], [BLOCK_M, BLOCK_K])
-        result, columns = _descriptors(
-            y, weight, rows, K, N, TURNED, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-        for tile in tl.range(tl.program_id(0), whole, PROGRAMS, flatten=True):
-            down, across = _place(tile, tiles_m, tiles_n, GROUP)
-            _described_tile(rows_of, columns, result, down * BLOCK_M, across * BLOCK_N,
-                            K, TURNED, BLOCK_M, BLOCK_N, BLOCK_K)
-        if SPLIT > 1:
-            PIECE: tl.constexpr = BLOCK_N // SPLIT
-            narrow, few = _descriptors(y, weight, rows, K, N, TURNED, BLOCK_M, PIECE, BLOCK_K)
-            pieces = (tiles - whole) * SPLIT
-            for piece in tl.range(tl.program_id(0), pieces, PROGRAMS, flatten=True):
-                down, across = _place(whole + piece // SPLIT, tiles_m, tiles_n, GROUP)
-                column = across * BLOCK_N + piece % SPLIT * PIECE
-                _described_tile(rows_of, few, narrow, down * BLOCK_M, column,
-                                K, TURNED, BLOCK_M, PIECE, BLOCK_K)
-
-
-@triton.jit
-def _descriptors(
-    y, weight, rows, K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """Of the result and of the weights, for tiles of one width."""
-    result = tl.make_tensor_descriptor(y, [rows, N], [N, 1], [BLOCK_M, BLOCK_N])
-    if TURNED:
-        columns = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
-    else:
-        columns = tl.make_tensor_descriptor(weight, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
-    return result, columns
-
-
-@triton.jit
-def _described_tile(
-    rows_of, columns, result, row, column, K: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for at in range(0, K, BLOCK_K):
-        a = rows_of.load([row, at])
+        result = tl.make_tensor_descriptor(y, [rows, N], [N, 1], [BLOCK_M, BLOCK_N])
         if TURNED:
-            b = columns.load([column, at]).T
+            columns = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
         else:
-            b = columns.load([at, column])
-        acc = tl.dot(a, b, acc=acc)
-    result.store([row, column], acc.to(result.dtype))
+            columns = tl.make_tensor_descriptor(weight, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+            down, across = _place(tile, tiles_m, tiles_n, GROUP)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for at in range(0, K, BLOCK_K):
+                a = rows_of.load([down * BLOCK_M, at])
+                if TURNED:
+                    b = columns.load([across * BLOCK_N, at]).T
+                else:
+                    b = columns.load([at, across * BLOCK_N])
+                acc = tl.dot(a, b, acc=acc)
+            result.store([down * BLOCK_M, across * BLOCK_N], acc.to(result.dtype))
 
 
 @triton.jit
@@ -173,29 +142,49 @@ def linear_few_kernel(
             tl.store(out, acc.to(y.dtype.element_ty), mask=in_m & in_n)
 
 
-def _tactic(
-    m: int, n: int, k: int, warps: int, stages: int, programs: int = 0, split: int = 1
-) -> Tactic:
-    """Tiles of m x n, k deep; ``programs`` that stay, with descriptors, or one a tile; ``split``
-    pieces of each tile that would be one of too few in the end."""
+def _tactic(m: int, n: int, k: int, warps: int, stages: int, programs: int = 0) -> Tactic:
+    """Tiles of m x n, k deep; ``programs`` that stay, with descriptors, or one a tile."""
     blocks = {
-        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "PROGRAMS": programs, "SPLIT": split,
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "PROGRAMS": programs, "CLUSTER": 0,
     }
     return Tactic(blocks, warps, stages, since=90 if programs else 0)
 
 
+def _hopper(m: int, n: int, groups: int, stages: int, cluster: int = 1) -> Tactic:
+    """Tiles of m x n by PTX; ``groups`` of four warps multiply, ``cluster`` blocks go together."""
+    blocks = {
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": hopper.DEEP, "GROUP": 8, "PROGRAMS": 132,
+        "CLUSTER": cluster,
+    }
+    return Tactic(blocks, 4 * (groups + 1), stages, since=90, until=90)
+
+
 LINEAR = Kernel(
     "linear", linear_kernel, ("x", "weight"), ("length",), ("y",),
-    tuple(
-        _tactic(*sizes)
-        for sizes in (
-            (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4),
-            (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (256, 128, 64, 8, 3), (64, 64, 64, 4, 4),
-            (128, 256, 64, 8, 3, 132), (256, 128, 64, 8, 3, 132), (128, 128, 64, 8, 4, 132),
-            (128, 256, 64, 8, 3, 132, 4), (64, 256, 64, 4, 4, 132), (64, 64, 64, 4, 3, 528),
-            (128, 128, 32, 4, 3), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2),
-        )
+    (
+        *(
+            _tactic(*sizes)
+            for sizes in (
+                (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
+                (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 256, 64, 4, 4),
+                (256, 128, 64, 8, 3), (64, 64, 64, 4, 4),
+                (128, 256, 64, 8, 3, 132), (256, 128, 64, 8, 3, 132), (128, 128, 64, 8, 4, 132),
+                (64, 256, 64, 4, 4, 132), (64, 64, 64, 4, 3, 528),
+            )
+        ),
+        # Widths between powers of two, of which one or another gives whole rounds of tiles.
+        *(
+            _hopper(*sizes)
+            for sizes in (
+                (128, 256, 2, 4, 2), (128, 224, 2, 4), (128, 192, 2, 4), (128, 160, 2, 5),
+                (256, 160, 2, 4), (256, 128, 2, 4), (256, 96, 2, 4), (128, 192, 1, 4),
+                (64, 192, 1, 6),
+            )
+        ),
+        *(_tactic(*sizes) for sizes in ((128, 128, 32, 4, 3), (64, 64, 32, 4, 2),
+                                        (32, 32, 32, 4, 2))),
     ),
+    hopper.written,
 )
 LINEAR_FEW = Kernel(
     "linear_few", linear_few_kernel, ("x", "weight"), ("length",), ("y",),
@@ -210,10 +199,12 @@ LINEAR_FEW = Kernel(
 FEW = 16
 
 
-def described(constants: Mapping[str, Constant]) -> bool:
-    """Whether tensor descriptors can hold the operands: 16-bit rows of whole 16 bytes."""
+def described(constants: Mapping[str, Constant], cluster: Constant) -> bool:
+    """Whether tensor descriptors can hold the operands: 16-bit rows of whole 16 bytes; where
+    there are clusters, a weight stored as [N, K] too."""
     half = constants["PRECISION"] == PRECISION["fp16"]
-    return half and constants["K"] % 8 == 0 and constants["N"] % 8 == 0
+    whole = constants["K"] % 8 == 0 and constants["N"] % 8 == 0
+    return half and whole and bool(constants["TURNED"] or not cluster)
 
 
 def calls(
@@ -244,8 +235,12 @@ def calls(
     tiles = cdiv(columns, tactic.blocks["BLOCK_N"])
     programs = tactic.blocks.get("PROGRAMS", 0)
     constants = {"K": inner, "N": columns, "TURNED": turned, "PRECISION": PRECISION[x.dtype]}
-    if programs and not described(constants):
-        raise ValueError(f"rows of {inner} and {columns} {x.dtype} numbers fit no descriptor")
+    if programs and not described(constants, tactic.blocks["CLUSTER"]):
+        stored = "N x K" if turned else "K x N"
+        raise ValueError(
+            f"rows of {inner} and {columns} {x.dtype} numbers, {stored}, fit no descriptor of "
+            f"{kernel.name} with {tactic}"
+        )
     call = Call(
         kernel=kernel,
         inputs={"x": x.dtype, "weight": weight.dtype},

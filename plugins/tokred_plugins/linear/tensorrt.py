@@ -22,7 +22,7 @@ def grid(sizes: Mapping[str, Constant], now: Grid) -> Grid | None:
     if sizes["PROGRAMS"]:
         from tokred_plugins.linear.kernel import described
 
-        return (sizes["PROGRAMS"], 1) if described(sizes) else None
+        return (sizes["PROGRAMS"], 1) if described(sizes, sizes["CLUSTER"]) else None
     tiles = cdiv(sizes["length"], sizes["BLOCK_M"]) * cdiv(sizes["N"], sizes["BLOCK_N"])
     return tiles, 1
 
@@ -36,7 +36,7 @@ BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 FACE = KernelFace(
     ("x", "weight"), ("y",), calls,
     {
-        "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS", "SPLIT"), grid),
+        "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS", "CLUSTER"), grid),
         "linear_few": Tuning(BLOCKS, few_grid),
     },
 )

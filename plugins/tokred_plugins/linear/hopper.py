@@ -1,0 +1,486 @@
+"""The matrix product for compute capability 9.0 as PTX, written out: what Triton 3.6 cannot say.
+
+One block of threads stays on each multiprocessor and does tile after tile. One of its warps only
+asks the tensor memory accelerator for operands; one or two groups of four warps only multiply
+(``wgmma``), and take registers that the first does not need. Results go through shared memory back
+to the accelerator, while operands of the next tile come in. Tiles may be of widths that are no
+powers of two. Two blocks may work together (a cluster) on tiles one above the other: each reads
+half of the weights that both need, and the accelerator delivers it to both.
+
+Sources: the PTX ISA, 8.6 (wgmma and its descriptors, cp.async.bulk.tensor, mbarrier,
+tensormap.replace); the order of arrivals is that of CUTLASS's ``PipelineTmaAsync``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokred_plugins.kernels import Call, Written
+
+# A row of a tile in shared memory is 128 bytes, the widest pattern in which it can be scattered
+# over the banks: 64 numbers of 16 bits.
+DEEP = 64
+ROW_BYTES = 128
+_ROWS = 64  # of a tile, that one group of four warps multiplies
+_GROUP_THREADS = 128
+_MAP_BYTES = 128  # of a tensor map
+MAPS = 3
+# Registers a thread: what asks needs few, what multiplies up to 128 for the sums alone.
+_REGISTERS, _FEW_REGISTERS, _MOST_REGISTERS = 65536, 40, 232
+_SWIZZLE = {64: 2, 128: 3}  # bytes of a row of a box -> its pattern
+_ELEMENT = {"fp16": (6, "f16"), "bf16": (10, "bf16")}  # in a tensor map; in an instruction
+
+
+@dataclass(frozen=True)
+class Product:
+    """y [rows, columns] = x [rows, inner] times weight [columns, inner] turned.
+
+    Attributes:
+        inner: numbers of a row of x and of the weight, a multiple of 8.
+        columns: of y, a multiple of 8.
+        dtype: fp16 or bf16, of all three.
+        block_n: columns of a tile, a multiple of 32 up to 256.
+        groups: of four warps that multiply.
+        high: 64 rows that each group does of a tile: 1 or 2.
+        stages: operand tiles in flight.
+        blocks: of threads that work together: 1 or 2. They do a stack, so many tiles one above the
+            other.
+        tall: stacks down that are done before the next one across.
+        programs: blocks of threads in all.
+    """
+
+    inner: int
+    columns: int
+    dtype: str
+    block_n: int
+    groups: int
+    high: int
+    stages: int
+    blocks: int
+    tall: int
+    programs: int
+
+    @property
+    def block_m(self) -> int:
+        return _ROWS * self.groups * self.high
+
+    @property
+    def threads(self) -> int:
+        return _GROUP_THREADS * (self.groups + 1)
+
+    @property
+    def registers(self) -> int:
+        """Of each thread that multiplies, a multiple of 8."""
+        left = _REGISTERS // _GROUP_THREADS - _FEW_REGISTERS
+        return min(left // self.groups // 8 * 8, _MOST_REGISTERS)
+
+    @property
+    def x_bytes(self) -> int:
+        """Of one stage of x."""
+        return self.block_m * ROW_BYTES
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one stage of the weight."""
+        return self.block_n * ROW_BYTES
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.x_bytes + self.weight_bytes
+
+    @property
+    def out_at(self) -> int:
+        """Where results begin: two pieces for each group."""
+        return self.stages * self.stage_bytes
+
+    @property
+    def piece(self) -> int:
+        """Columns of results that leave together."""
+        return DEEP if self.block_n % DEEP == 0 else DEEP // 2
+
+    @property
+    def piece_row(self) -> int:
+        """Bytes of one row of them."""
+        return 2 * self.piece
+
+    @property
+    def piece_bytes(self) -> int:
+        return _ROWS * self.piece_row
+
+    @property
+    def barriers_at(self) -> int:
+        """One for each stage that is full, then one for each that is empty."""
+        return self.out_at + 2 * self.groups * self.piece_bytes
+
+    @property
+    def shared(self) -> int:
+        return self.barriers_at + 16 * self.stages
+
+
+def written(call: Call) -> Written | None:
+    """The code of a launch of ``linear`` with clusters; None where its tactic has none."""
+    blocks, warps = call.tactic.blocks, call.tactic.num_warps
+    cluster = blocks.get("CLUSTER", 0)
+    if not cluster:
+        return None
+    groups = warps // 4 - 1
+    product = Product(
+        inner=int(call.constants["K"]), columns=int(call.constants["N"]), dtype=call.inputs["x"],
+        block_n=blocks["BLOCK_N"], groups=groups, high=blocks["BLOCK_M"] // (_ROWS * groups),
+        stages=call.tactic.num_stages, blocks=cluster, tall=blocks["GROUP"] // cluster,
+        programs=blocks["PROGRAMS"],
+    )
+    name = "linear_hopper"
+    return Written(write(product, name), name, product.shared, MAPS * _MAP_BYTES)
+
+
+def write(product: Product, name: str, ptx_version: str = "8.6") -> str:
+    """The PTX of ``name(x, weight, length, y, scratch, profile)``, for sm_90a.
+
+    ``x`` has ``length`` rows for each block along z of the grid; those of the first do all rows.
+    ``scratch`` is ``MAPS * 128`` bytes for each block, aligned to 128; ``profile`` is not read.
+    """
+    head = [
+        f".version {ptx_version}", ".target sm_90a", ".address_size 64",
+        ".extern .shared .align 1024 .b8 memory[];",
+        f".visible .entry {name}(",
+        *(f".param .u64 .ptr .global .align 16 {name}_{p}," for p in ("x", "weight")),
+        f".param .u32 {name}_length,",
+        f".param .u64 .ptr .global .align 16 {name}_y,",
+        f".param .u64 .ptr .global .align 128 {name}_scratch,",
+        f".param .u64 .ptr .global .align 1 {name}_profile",
+        ")",
+        f".reqntid {product.threads}",
+        ".minnctapersm 1",
+    ]
+    if product.blocks > 1:
+        head += [".explicitcluster", f".reqnctapercluster {product.blocks}, 1, 1"]
+    lines = [*_registers(product), *_prepare(product, name)]
+    for group in range(product.groups):
+        lines += [f"setp.ge.u32 p, thread, {_GROUP_THREADS * (product.groups - group)};"]
+        lines += [f"@p bra MULTIPLY{group};"]
+    lines += [*_ask(product), "bra END;"]
+    for group in range(product.groups):
+        # One piece of code for each: addresses that differ by group would cost registers.
+        lines += [f"MULTIPLY{group}:", *_multiply(product, group), "bra END;"]
+    lines += ["END:"]
+    if product.blocks > 1:
+        # Shared memory stays until the other block has done with it.
+        lines += ["barrier.cluster.arrive;", "barrier.cluster.wait;"]
+    lines += ["ret;"]
+    body = [line if line.endswith(":") else f"\t{line}" for line in lines]
+    return "\n".join([*head, "{", *body, "}"]) + "\n"
+
+
+def _registers(product: Product) -> Iterator[str]:
+    yield ".reg .pred p, q, always, leads, signals;"
+    yield (
+        ".reg .b32 thread, lane, rank, rows, stacks_m, stacks, stack, stage, before, parity, down, "
+        "across, row, column, k, base, at, full, empty, zero, one, bar, remote, t, u, v;"
+    )
+    yield ".reg .b64 x, weight, y, scratch, map_x, map_w, map_y, wide, stride;"
+    yield ".reg .b64 desc_a, desc_low, desc_b;"
+    yield f".reg .f32 sum<{product.high * product.block_n // 2}>;"
+    yield ".reg .b32 two<4>, to<4>;"
+    yield ".reg .b16 all;"
+
+
+def _prepare(product: Product, name: str) -> Iterator[str]:
+    """Tensor maps, barriers, and how many tiles there are."""
+    yield "mov.u32 t, %ctaid.z;"
+    yield "setp.ne.u32 p, t, 0;"
+    yield "@p ret;"
+    for register in ("x", "weight", "y", "scratch"):
+        yield f"ld.param.u64 {register}, [{name}_{register}];"
+    yield f"ld.param.u32 rows, [{name}_length];"
+    yield "mov.u32 t, %nctaid.z;"
+    yield "mul.lo.u32 rows, rows, t;"
+    yield "mov.u32 thread, %tid.x;"
+    yield "and.b32 lane, thread, 31;"
+    yield "mov.u32 rank, 0;" if product.blocks == 1 else "mov.u32 rank, %cluster_ctarank;"
+    yield "mov.u32 base, memory;"
+    yield f"add.u32 full, base, {product.barriers_at};"
+    yield f"add.u32 empty, full, {8 * product.stages};"
+    yield "mov.u32 zero, 0;"
+    yield "mov.u32 one, 1;"
+    yield "mov.u32 t, %ctaid.x;"
+    yield f"mul.wide.u32 wide, t, {MAPS * _MAP_BYTES};"
+    yield "add.u64 map_x, scratch, wide;"
+    yield f"add.u64 map_w, map_x, {_MAP_BYTES};"
+    yield f"add.u64 map_y, map_w, {_MAP_BYTES};"
+    yield "setp.ge.u32 p, thread, 32;"
+    yield "@p bra MAPPED;"
+    yield "setp.eq.u32 leads, thread, 0;"
+    narrow = product.block_n // product.blocks
+    inner, columns = product.inner, product.columns
+    for i, (pointer, there, size, box) in enumerate((
+        ("x", "map_x", (inner, "rows"), (DEEP, product.block_m)),
+        ("weight", "map_w", (inner, columns), (DEEP, narrow)),
+        ("y", "map_y", (columns, "rows"), (product.piece, _ROWS)),
+    )):
+        yield f"add.u32 at, base, {product.out_at + i * _MAP_BYTES};"
+        yield from _tensor_map(pointer, there, size, box, product.dtype)
+    for stage in range(product.stages):
+        yield f"@leads mbarrier.init.shared::cta.b64 [full + {8 * stage}], 1;"
+        arrivals = product.groups * product.blocks
+        yield f"@leads mbarrier.init.shared::cta.b64 [empty + {8 * stage}], {arrivals};"
+    yield "fence.mbarrier_init.release.cluster;"
+    yield "bar.warp.sync -1;"
+    yield "MAPPED:"
+    if product.blocks > 1:
+        yield "barrier.cluster.arrive;"
+        yield "barrier.cluster.wait;"
+    yield "bar.sync 0;"
+    for there in ("map_x", "map_w", "map_y"):
+        yield f"fence.proxy.tensormap::generic.acquire.gpu [{there}], {_MAP_BYTES};"
+    # Whole stacks: a tile below the last row is computed on zeros and not stored.
+    high = product.blocks * product.block_m
+    yield f"add.u32 stacks_m, rows, {high - 1};"
+    yield f"div.u32 stacks_m, stacks_m, {high};"
+    yield f"mul.lo.u32 stacks, stacks_m, {_tiles_n(product)};"
+    yield "mov.u32 stack, %ctaid.x;"
+    yield f"div.u32 stack, stack, {product.blocks};"
+
+
+def _tensor_map(
+    pointer: str, there: str, size: tuple[int | str, int | str], box: tuple[int, int], dtype: str
+) -> Iterator[str]:
+    """A matrix of ``size[1]`` rows of ``size[0]`` numbers, read or written in boxes: made in shared
+    memory at ``at``, moved to where the accelerator looks for it."""
+    replace, map_kind = "tensormap.replace.tile", "shared::cta.b1024"
+    yield "shl.b32 t, lane, 2;"
+    yield "add.u32 t, t, at;"
+    yield "st.shared.b32 [t], zero;"
+    yield "bar.warp.sync -1;"
+    yield "cvt.u64.u32 wide, at;"
+    yield f"@leads {replace}.global_address.{map_kind}.b64 [wide], {pointer};"
+    yield f"@leads {replace}.rank.{map_kind}.b32 [wide], 1;"  # two dimensions
+    for dimension in (0, 1):
+        yield f"mov.u32 t, {box[dimension]};"
+        yield f"@leads {replace}.box_dim.{map_kind}.b32 [wide], {dimension}, t;"
+        yield f"mov.u32 t, {size[dimension]};"
+        yield f"@leads {replace}.global_dim.{map_kind}.b32 [wide], {dimension}, t;"
+        yield f"@leads {replace}.element_stride.{map_kind}.b32 [wide], {dimension}, one;"
+    yield f"mov.u64 stride, {2 * size[0]};"
+    yield f"@leads {replace}.global_stride.{map_kind}.b64 [wide], 0, stride;"
+    yield f"@leads {replace}.elemtype.{map_kind}.b32 [wide], {_ELEMENT[dtype][0]};"
+    yield f"@leads {replace}.interleave_layout.{map_kind}.b32 [wide], 0;"
+    yield f"@leads {replace}.swizzle_mode.{map_kind}.b32 [wide], {_SWIZZLE[2 * box[0]]};"
+    yield f"@leads {replace}.fill_mode.{map_kind}.b32 [wide], 0;"  # zeros
+    yield "bar.warp.sync -1;"
+    yield (
+        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned "
+        f"[{there}], [wide], {_MAP_BYTES};"
+    )
+    yield "bar.warp.sync -1;"
+
+
+def _tiles_n(product: Product) -> int:
+    return -(-product.columns // product.block_n)
+
+
+def _next_tile(product: Product) -> Iterator[str]:
+    """``row`` and ``column`` of the tile of this block in ``stack``: ``tall`` stacks down before
+    one across, so that blocks that work at the same time share operands."""
+    across = _tiles_n(product)
+    yield f"div.u32 t, stack, {product.tall * across};"
+    yield f"mul.lo.u32 t, t, {product.tall};"  # the first stack down
+    yield "sub.u32 u, stacks_m, t;"
+    yield f"min.u32 u, u, {product.tall};"  # as many are here
+    yield f"rem.u32 v, stack, {product.tall * across};"
+    yield "div.u32 across, v, u;"
+    yield "rem.u32 down, v, u;"
+    yield "add.u32 down, down, t;"
+    yield f"mad.lo.u32 down, down, {product.blocks}, rank;"
+    yield f"mul.lo.u32 row, down, {product.block_m};"
+    yield f"mul.lo.u32 column, across, {product.block_n};"
+
+
+def _wait(barrier: str, label: str) -> Iterator[str]:
+    """Until the barrier's phase of ``parity`` is over."""
+    yield f"{label}:"
+    yield f"mbarrier.try_wait.parity.shared::cta.b64 q, [{barrier}], parity;"
+    yield f"@!q bra {label};"
+
+
+def _next_stage(product: Product) -> Iterator[str]:
+    yield "add.u32 stage, stage, 1;"
+    yield f"setp.eq.u32 q, stage, {product.stages};"
+    yield "@q mov.u32 stage, 0;"
+    yield "@q xor.b32 parity, parity, 1;"
+
+
+def _ask(product: Product) -> Iterator[str]:
+    """The first warp's first thread asks for operands, as stages become empty."""
+    yield f"setmaxnreg.dec.sync.aligned.u32 {_FEW_REGISTERS};"
+    yield "setp.ne.u32 p, thread, 0;"
+    yield "@p bra END;"
+    yield "mov.u32 stage, 0;"
+    yield "mov.u32 parity, 1;"  # nothing was ever in a stage: that phase counts as over
+    yield f"mov.u16 all, {(1 << product.blocks) - 1};"
+    part = product.weight_bytes // product.blocks
+    yield "ASK_TILE:"
+    yield "setp.ge.u32 p, stack, stacks;"
+    yield "@p bra END;"
+    yield from _next_tile(product)
+    yield f"mad.lo.u32 column, rank, {product.block_n // product.blocks}, column;"
+    yield "mov.u32 k, 0;"
+    yield "ASK:"
+    yield "mad.lo.u32 bar, stage, 8, empty;"
+    yield from _wait("bar", "ASK_WAIT")
+    yield "mad.lo.u32 bar, stage, 8, full;"
+    yield f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {product.stage_bytes};"
+    copy = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+    yield f"mad.lo.u32 at, stage, {product.stage_bytes}, base;"
+    yield f"{copy} [at], [map_x, {{k, row}}], [bar];"
+    yield f"add.u32 at, at, {product.x_bytes};"
+    yield f"mad.lo.u32 at, rank, {part}, at;"
+    if product.blocks > 1:
+        yield f"{copy}.multicast::cluster [at], [map_w, {{k, column}}], [bar], all;"
+    else:
+        yield f"{copy} [at], [map_w, {{k, column}}], [bar];"
+    yield from _next_stage(product)
+    yield f"add.u32 k, k, {DEEP};"
+    yield f"setp.lt.u32 p, k, {product.inner};"
+    yield "@p bra ASK;"
+    yield f"add.u32 stack, stack, {product.programs // product.blocks};"
+    yield "bra ASK_TILE;"
+
+
+def _multiply(product: Product, group: int) -> Iterator[str]:
+    """One group of four warps: its rows of each tile."""
+    first = _ROWS * product.high * group  # row of a tile
+    out = product.out_at + 2 * product.piece_bytes * group
+    yield f"setmaxnreg.inc.sync.aligned.u32 {product.registers};"
+    yield "and.b32 thread, thread, 127;"
+    yield "setp.eq.u32 leads, thread, 0;"
+    yield f"setp.lt.u32 signals, thread, {product.blocks};"
+    yield "setp.eq.u32 always, zero, 0;"
+    # Where this thread's eight numbers of a row go in a piece of results: which row as stmatrix
+    # takes them, which place in the row as the accelerator's pattern scatters them.
+    yield "shr.u32 t, thread, 5;"
+    yield "shl.b32 t, t, 4;"
+    yield "and.b32 u, lane, 15;"
+    yield "add.u32 t, t, u;"
+    yield f"mad.lo.u32 t, t, {product.piece_row}, base;"
+    yield "shr.u32 u, lane, 4;"
+    # The pattern of 128 bytes: eight places, changed by the row. That of 64: four, by every other.
+    yield "and.b32 v, lane, 7;" if product.piece == DEEP else "bfe.u32 v, lane, 1, 2;"
+    for i in range(product.piece // 16):
+        yield f"add.u32 to{i}, u, {2 * i};"
+        yield f"xor.b32 to{i}, to{i}, v;"
+        yield f"mad.lo.u32 to{i}, to{i}, 16, t;"
+        yield f"add.u32 to{i}, to{i}, {out};"
+    yield "mov.u32 stage, 0;"
+    yield "mov.u32 parity, 0;"
+    yield f"TILE{group}:"
+    yield "setp.ge.u32 p, stack, stacks;"
+    yield f"@p bra MULTIPLIED{group};"
+    yield from _next_tile(product)
+    yield f"add.u32 row, row, {first};"
+    # The first product could begin the sums itself; but then ptxas 12.8 finds that they have no
+    # value before, and lets all products wait for each other (its remark C7515).
+    for i in range(product.high * product.block_n // 2):
+        yield f"mov.f32 sum{i}, 0f00000000;"
+    yield "mov.u32 k, 0;"
+    yield f"STEP{group}:"
+    yield "mad.lo.u32 bar, stage, 8, full;"
+    yield from _wait("bar", f"STEP_WAIT{group}")
+    yield from _step(product, group)
+    yield "wgmma.wait_group.sync.aligned 1;"
+    yield "setp.eq.u32 q, k, 0;"
+    yield f"@q bra NOT_YET{group};"
+    yield from _release(product)
+    yield f"NOT_YET{group}:"
+    yield "mov.u32 before, stage;"
+    yield from _next_stage(product)
+    yield f"add.u32 k, k, {DEEP};"
+    yield f"setp.lt.u32 p, k, {product.inner};"
+    yield f"@p bra STEP{group};"
+    yield "wgmma.wait_group.sync.aligned 0;"
+    yield from _release(product)
+    yield from _store(product, group + 1, out)
+    yield f"add.u32 stack, stack, {product.programs // product.blocks};"
+    yield f"bra TILE{group};"
+    yield f"MULTIPLIED{group}:"
+    yield "@leads cp.async.bulk.wait_group 0;"
+
+
+def _step(product: Product, group: int) -> Iterator[str]:
+    """Four products, 16 deep, of one stage."""
+    # A descriptor is an address in units of 16 bytes, the 1024 bytes from 8 rows to the next in
+    # the same units at bit 32, and the pattern of 128 bytes at bit 62.
+    constant = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
+    high = product.high
+    for descriptor, offset in (
+        ("desc_a", _ROWS * ROW_BYTES * high * group), ("desc_b", product.x_bytes)
+    ):
+        yield f"mad.lo.u32 at, stage, {product.stage_bytes}, base;"
+        yield f"add.u32 at, at, {offset};"
+        yield "shr.u32 at, at, 4;"
+        yield f"cvt.u64.u32 {descriptor}, at;"
+        yield f"or.b64 {descriptor}, {descriptor}, {constant:#x};"
+    yield "wgmma.fence.sync.aligned;"
+    kind = _ELEMENT[product.dtype][1]
+    shape = f"m{_ROWS}n{product.block_n}k16"
+    each = product.block_n // 2
+    for part in range(DEEP // 16):
+        if part:
+            for descriptor in ("desc_a", "desc_b"):
+                yield f"add.u64 {descriptor}, {descriptor}, {2 * 16 >> 4};"
+        for i in range(high):
+            sums = ", ".join(f"sum{each * i + j}" for j in range(each))
+            rows = "desc_a"
+            if i:
+                rows = "desc_low"
+                yield f"add.u64 desc_low, desc_a, {i * _ROWS * ROW_BYTES >> 4};"
+            yield (
+                f"wgmma.mma_async.sync.aligned.{shape}.f32.{kind}.{kind} "
+                f"{{{sums}}}, {rows}, desc_b, always, 1, 1, 0, 0;"
+            )
+    yield "wgmma.commit_group.sync.aligned;"
+
+
+def _release(product: Product) -> Iterator[str]:
+    """Tell every block that delivers here that the stage ``before`` may be filled again."""
+    yield "mad.lo.u32 bar, before, 8, empty;"
+    if product.blocks == 1:
+        yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
+    else:
+        # Nothing was written that the other block must see: a release at its scope would cost a
+        # round trip to the L2 cache a step, half the speed.
+        yield "mapa.shared::cluster.u32 remote, bar, thread;"
+        yield "@signals mbarrier.arrive.shared::cluster.b64 _, [remote];"
+
+
+def _store(product: Product, barrier: int, out: int) -> Iterator[str]:
+    """Round, and hand a few columns at a time to the accelerator, from two places in turn."""
+    kind = _ELEMENT[product.dtype][1]
+    pieces = product.block_n // product.piece
+    for piece in range(product.high * pieces):
+        i, column = divmod(piece, pieces)
+        here = piece % 2 * product.piece_bytes
+        # What was there before has left; where a tile has an odd number of pieces, its last one and
+        # the first of the next are in the same place.
+        yield f"@leads cp.async.bulk.wait_group.read {1 if piece else 0};"
+        yield f"bar.sync {barrier}, {_GROUP_THREADS};"
+        for across in range(product.piece // 16):
+            first = product.piece // 2 * piece + 8 * across
+            for j in range(4):
+                low = first + 2 * j
+                yield f"cvt.rn.{kind}x2.f32 two{j}, sum{low + 1}, sum{low};"
+            yield (
+                f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [to{across} + {here}], "
+                "{two0, two1, two2, two3};"
+            )
+        yield "fence.proxy.async.shared::cta;"
+        yield f"bar.sync {barrier}, {_GROUP_THREADS};"
+        yield f"add.u32 t, base, {out + here};"
+        yield f"add.u32 u, column, {product.piece * column};"
+        yield f"add.u32 v, row, {_ROWS * i};"
+        yield (
+            "@leads cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group "
+            "[map_y, {u, v}], [t];"
+        )
+        yield "@leads cp.async.bulk.commit_group;"
