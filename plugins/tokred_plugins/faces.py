@@ -52,7 +52,7 @@ class KernelFace:
         calls: (spec of each tensor that is there, attributes by name) -> the launches. It reads
             attributes that the torch op and the ONNX node have in common, and where they are known
             "target", the GPU's compute capability times ten, and "multiprocessors", their number;
-            and it imports Triton.
+            "scratch" is true where whoever launches passes scratch memory; and it imports Triton.
         tunings: kernel name -> what may be tuned about its launch alone.
     """
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tokred_plugins import ptx
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -85,7 +87,8 @@ class Kernel:
 
     Attributes:
         name: unique among all kernels.
-        fn: the ``triton.jit`` function; its parameters carry the names below.
+        fn: the ``triton.jit`` function; its parameters carry the names below. None where all
+            code is written.
         inputs: pointers read; the first has the batch as its first dimension.
         extras: int32 scalars.
         outputs: pointers written, every element of them.
@@ -104,8 +107,10 @@ class Kernel:
     @property
     def code(self) -> str:
         """Changes with the source of what runs, the functions that it calls included."""
-        written = "" if self.write is None else inspect.getsource(inspect.getmodule(self.write))
-        return self.fn.cache_key + hashlib.sha256(written.encode()).hexdigest()
+        sources = [] if self.write is None else [inspect.getmodule(self.write), ptx]
+        written = "".join(map(inspect.getsource, sources))
+        compiled = "" if self.fn is None else self.fn.cache_key
+        return compiled + hashlib.sha256(written.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def launch(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def launch_into(call: Call, tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
     """:func:`launch` into tensors that exist already."""
     kernel = call.kernel
-    if kernel.write is not None and kernel.write(call) is not None:
+    if kernel.fn is None or (kernel.write is not None and kernel.write(call) is not None):
         raise ValueError(f"{kernel.name} with {call.tactic} is PTX: Triton does not launch it")
     given = [tensors[name] if name in call.inputs else None for name in kernel.inputs]
     extras = [call.extras[name] for name in kernel.extras]

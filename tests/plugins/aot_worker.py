@@ -40,6 +40,7 @@ def every_call() -> Iterator[Call]:
             calls = case.launches()
             if case.op == "ssd_scan":  # whatever GPU is here
                 calls = case.launches(target=None) + case.launches(segments=1, target=None)
+                calls += case.launches(segments=1, target=90, scratch=True)
             if case.op == "gated_rms_norm":
                 calls += case.launches(scores=True)
             for call in calls:

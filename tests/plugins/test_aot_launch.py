@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from kernel_shapes import MODELS, cases, tensors
 from tokred_plugins.aot import PTX_VERSIONS, DoesNotFit, compile_call
 from tokred_plugins.kernels import launch, spec_of, torch_dtypes
 from tokred_plugins.linear import kernel as linear
+from tokred_plugins.ssd_scan import launches as scan
+from tokred_plugins.ssd_scan.reference import ssd_scan_reference
 
 pytestmark = pytest.mark.gpu
 TARGET = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
@@ -111,3 +114,50 @@ def test_products(tactic, dtype, turned):
         # One rounding of the result, uniform in a binade: 2^-11 or 2^-8 over the root of 3.
         limit = 4e-4 if dtype == torch.float16 else 3.2e-3
         assert (got - expected).norm() / expected.norm() < limit
+
+
+def scan_inputs(batch, length, heads, groups, pads, dtype, d_dtype):
+    """Of a scan with heads of 64 and states of 128; rows of padding hold numbers too."""
+    random = torch.Generator("cuda").manual_seed(0)
+    columns = heads * 64 + 2 * groups * 128
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random, device="cuda")
+
+    return {
+        "xbc": normal(batch, length, columns).to(dtype),
+        "zxbcdt": 2 * normal(batch, length, heads * 64 + columns + heads).to(dtype),
+        "dt_bias": normal(heads), "a_log": normal(heads), "d": normal(heads).to(d_dtype),
+        "pads": torch.tensor(pads, dtype=torch.int32, device="cuda"),
+    }
+
+
+@pytest.mark.skipif(TARGET != 90, reason="the walk in PTX is for compute capability 9.0")
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "pads"),
+    [(64, 2, 1, [0]), (200, 4, 2, [0, 37]), (130, 4, 1, [64, 130, 129, 65]),
+     (515, 8, 2, [3, 300, 0]), (1, 2, 1, [0, 1])],
+)
+def test_the_scan_in_ptx(length, heads, groups, pads, dtype, together):
+    """Against float64, as near as Triton's kernel for the same; padding of parts of chunks, of
+    whole ones and of all."""
+    for d_dtype in (torch.float32, dtype):
+        given = scan_inputs(len(pads), length, heads, groups, pads, dtype, d_dtype)
+        specs = [spec_of(x) for x in given.values()]
+        limits = (None, groups, 128, 0.0, 1e9)
+        steps, plain = scan.calls(*specs, *limits, segments=1)
+        values = given | launch(steps, given)
+        triton = launch(plain, values)
+        _, call = scan.calls(*specs, *limits, segments=1, target=90, scratch=True)
+        tactic = scan.SSD_SCAN_HOPPER.tactics[together - 1]
+        call = replace(call, tactic=tactic, grid=(heads // together, 1))
+        made = launch_ptx(compile_call(call, TARGET), values)
+        wide = [x.double() if x.is_floating_point() else x for x in given.values()]
+        expected = ssd_scan_reference(*wide, None, groups, 128, 64, 0.0, 1e9)
+        for name, exact in zip(("y", "state"), expected, strict=True):
+            error, other = (
+                (found[name].double() - exact).norm() for found in (made, triton)
+            )
+            assert error <= 1.05 * other + 1e-6 * exact.norm(), (name, error, other)

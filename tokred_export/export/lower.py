@@ -78,7 +78,8 @@ def lower(
     counts: Counter[str] = Counter()
     write = _quick_node if form == "quick" else _Launcher(sm, tune)
     scored = _scored_norms(model.graph)
-    gpu = {"target": sm} | ({"multiprocessors": multiprocessors} if multiprocessors else {})
+    gpu = {"target": sm, "scratch": form == "launcher"}
+    gpu |= {"multiprocessors": multiprocessors} if multiprocessors else {}
     for node in list(model.graph):
         if node.domain == DOMAIN and node not in scored.values():
             calls = _replace(model.graph, node, write, batch, gpu, scored.get(node))

@@ -16,20 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tokred_plugins import ptx
 from tokred_plugins.kernels import Call, Written
+from tokred_plugins.ptx import DEEP, GROUP_THREADS, MAP_BYTES, ROW_BYTES, ROWS
 
-# A row of a tile in shared memory is 128 bytes, the widest pattern in which it can be scattered
-# over the banks: 64 numbers of 16 bits.
-DEEP = 64
-ROW_BYTES = 128
-_ROWS = 64  # of a tile, that one group of four warps multiplies
-_GROUP_THREADS = 128
-_MAP_BYTES = 128  # of a tensor map
 MAPS = 3
-# Registers a thread: what asks needs few, what multiplies up to 128 for the sums alone.
-_REGISTERS, _FEW_REGISTERS, _MOST_REGISTERS = 65536, 40, 232
-_SWIZZLE = {64: 2, 128: 3}  # bytes of a row of a box -> its pattern
-_ELEMENT = {"fp16": (6, "f16"), "bf16": (10, "bf16")}  # in a tensor map; in an instruction
 
 
 @dataclass(frozen=True)
@@ -63,17 +54,11 @@ class Product:
 
     @property
     def block_m(self) -> int:
-        return _ROWS * self.groups * self.high
+        return ROWS * self.groups * self.high
 
     @property
     def threads(self) -> int:
-        return _GROUP_THREADS * (self.groups + 1)
-
-    @property
-    def registers(self) -> int:
-        """Of each thread that multiplies, a multiple of 8."""
-        left = _REGISTERS // _GROUP_THREADS - _FEW_REGISTERS
-        return min(left // self.groups // 8 * 8, _MOST_REGISTERS)
+        return GROUP_THREADS * (self.groups + 1)
 
     @property
     def x_bytes(self) -> int:
@@ -106,7 +91,7 @@ class Product:
 
     @property
     def piece_bytes(self) -> int:
-        return _ROWS * self.piece_row
+        return ROWS * self.piece_row
 
     @property
     def barriers_at(self) -> int:
@@ -127,38 +112,23 @@ def written(call: Call) -> Written | None:
     groups = warps // 4 - 1
     product = Product(
         inner=int(call.constants["K"]), columns=int(call.constants["N"]), dtype=call.inputs["x"],
-        block_n=blocks["BLOCK_N"], groups=groups, high=blocks["BLOCK_M"] // (_ROWS * groups),
+        block_n=blocks["BLOCK_N"], groups=groups, high=blocks["BLOCK_M"] // (ROWS * groups),
         stages=call.tactic.num_stages, blocks=cluster, tall=blocks["GROUP"] // cluster,
         programs=blocks["PROGRAMS"],
     )
     name = "linear_hopper"
-    return Written(write(product, name), name, product.shared, MAPS * _MAP_BYTES)
+    return Written(write(product, name), name, product.shared, MAPS * MAP_BYTES)
 
 
-def write(product: Product, name: str, ptx_version: str = "8.6") -> str:
+def write(product: Product, name: str) -> str:
     """The PTX of ``name(x, weight, length, y, scratch, profile)``, for sm_90a.
 
     ``x`` has ``length`` rows for each block along z of the grid; those of the first do all rows.
     ``scratch`` is ``MAPS * 128`` bytes for each block, aligned to 128; ``profile`` is not read.
     """
-    head = [
-        f".version {ptx_version}", ".target sm_90a", ".address_size 64",
-        ".extern .shared .align 1024 .b8 memory[];",
-        f".visible .entry {name}(",
-        *(f".param .u64 .ptr .global .align 16 {name}_{p}," for p in ("x", "weight")),
-        f".param .u32 {name}_length,",
-        f".param .u64 .ptr .global .align 16 {name}_y,",
-        f".param .u64 .ptr .global .align 128 {name}_scratch,",
-        f".param .u64 .ptr .global .align 1 {name}_profile",
-        ")",
-        f".reqntid {product.threads}",
-        ".minnctapersm 1",
-    ]
-    if product.blocks > 1:
-        head += [".explicitcluster", f".reqnctapercluster {product.blocks}, 1, 1"]
     lines = [*_registers(product), *_prepare(product, name)]
     for group in range(product.groups):
-        lines += [f"setp.ge.u32 p, thread, {_GROUP_THREADS * (product.groups - group)};"]
+        lines += [f"setp.ge.u32 p, thread, {GROUP_THREADS * (product.groups - group)};"]
         lines += [f"@p bra MULTIPLY{group};"]
     lines += [*_ask(product), "bra END;"]
     for group in range(product.groups):
@@ -169,18 +139,15 @@ def write(product: Product, name: str, ptx_version: str = "8.6") -> str:
         # Shared memory stays until the other block has done with it.
         lines += ["barrier.cluster.arrive;", "barrier.cluster.wait;"]
     lines += ["ret;"]
-    body = [line if line.endswith(":") else f"\t{line}" for line in lines]
-    return "\n".join([*head, "{", *body, "}"]) + "\n"
+    parameters = (("x", "pointer"), ("weight", "pointer"), ("length", "int"), ("y", "pointer"))
+    return ptx.entry(name, parameters, product.threads, product.blocks, lines)
 
 
 def _registers(product: Product) -> Iterator[str]:
-    yield ".reg .pred p, q, always, leads, signals;"
-    yield (
-        ".reg .b32 thread, lane, rank, rows, stacks_m, stacks, stack, stage, before, parity, down, "
-        "across, row, column, k, base, at, full, empty, zero, one, bar, remote, t, u, v;"
-    )
-    yield ".reg .b64 x, weight, y, scratch, map_x, map_w, map_y, wide, stride;"
-    yield ".reg .b64 desc_a, desc_low, desc_b;"
+    yield from ptx.common_registers()
+    yield ".reg .pred signals;"
+    yield ".reg .b32 rank, rows, stacks_m, stacks, stack, before, down, across, k, remote;"
+    yield ".reg .b64 x, weight, y, scratch, map_x, map_w, map_y, desc_a, desc_low, desc_b;"
     yield f".reg .f32 sum<{product.high * product.block_n // 2}>;"
     yield ".reg .b32 two<4>, to<4>;"
     yield ".reg .b16 all;"
@@ -205,10 +172,10 @@ def _prepare(product: Product, name: str) -> Iterator[str]:
     yield "mov.u32 zero, 0;"
     yield "mov.u32 one, 1;"
     yield "mov.u32 t, %ctaid.x;"
-    yield f"mul.wide.u32 wide, t, {MAPS * _MAP_BYTES};"
+    yield f"mul.wide.u32 wide, t, {MAPS * MAP_BYTES};"
     yield "add.u64 map_x, scratch, wide;"
-    yield f"add.u64 map_w, map_x, {_MAP_BYTES};"
-    yield f"add.u64 map_y, map_w, {_MAP_BYTES};"
+    yield f"add.u64 map_w, map_x, {MAP_BYTES};"
+    yield f"add.u64 map_y, map_w, {MAP_BYTES};"
     yield "setp.ge.u32 p, thread, 32;"
     yield "@p bra MAPPED;"
     yield "setp.eq.u32 leads, thread, 0;"
@@ -217,23 +184,18 @@ def _prepare(product: Product, name: str) -> Iterator[str]:
     for i, (pointer, there, size, box) in enumerate((
         ("x", "map_x", (inner, "rows"), (DEEP, product.block_m)),
         ("weight", "map_w", (inner, columns), (DEEP, narrow)),
-        ("y", "map_y", (columns, "rows"), (product.piece, _ROWS)),
+        ("y", "map_y", (columns, "rows"), (product.piece, ROWS)),
     )):
-        yield f"add.u32 at, base, {product.out_at + i * _MAP_BYTES};"
-        yield from _tensor_map(pointer, there, size, box, product.dtype)
-    for stage in range(product.stages):
-        yield f"@leads mbarrier.init.shared::cta.b64 [full + {8 * stage}], 1;"
-        arrivals = product.groups * product.blocks
-        yield f"@leads mbarrier.init.shared::cta.b64 [empty + {8 * stage}], {arrivals};"
-    yield "fence.mbarrier_init.release.cluster;"
-    yield "bar.warp.sync -1;"
+        yield f"add.u32 at, base, {product.out_at + i * MAP_BYTES};"
+        yield from ptx.tensor_map(pointer, there, size, box, 2 * size[0], product.dtype)
+    yield from ptx.barriers(product.stages, product.groups * product.blocks)
     yield "MAPPED:"
     if product.blocks > 1:
         yield "barrier.cluster.arrive;"
         yield "barrier.cluster.wait;"
     yield "bar.sync 0;"
     for there in ("map_x", "map_w", "map_y"):
-        yield f"fence.proxy.tensormap::generic.acquire.gpu [{there}], {_MAP_BYTES};"
+        yield f"fence.proxy.tensormap::generic.acquire.gpu [{there}], {MAP_BYTES};"
     # Whole stacks: a tile below the last row is computed on zeros and not stored.
     high = product.blocks * product.block_m
     yield f"add.u32 stacks_m, rows, {high - 1};"
@@ -241,39 +203,6 @@ def _prepare(product: Product, name: str) -> Iterator[str]:
     yield f"mul.lo.u32 stacks, stacks_m, {_tiles_n(product)};"
     yield "mov.u32 stack, %ctaid.x;"
     yield f"div.u32 stack, stack, {product.blocks};"
-
-
-def _tensor_map(
-    pointer: str, there: str, size: tuple[int | str, int | str], box: tuple[int, int], dtype: str
-) -> Iterator[str]:
-    """A matrix of ``size[1]`` rows of ``size[0]`` numbers, read or written in boxes: made in shared
-    memory at ``at``, moved to where the accelerator looks for it."""
-    replace, map_kind = "tensormap.replace.tile", "shared::cta.b1024"
-    yield "shl.b32 t, lane, 2;"
-    yield "add.u32 t, t, at;"
-    yield "st.shared.b32 [t], zero;"
-    yield "bar.warp.sync -1;"
-    yield "cvt.u64.u32 wide, at;"
-    yield f"@leads {replace}.global_address.{map_kind}.b64 [wide], {pointer};"
-    yield f"@leads {replace}.rank.{map_kind}.b32 [wide], 1;"  # two dimensions
-    for dimension in (0, 1):
-        yield f"mov.u32 t, {box[dimension]};"
-        yield f"@leads {replace}.box_dim.{map_kind}.b32 [wide], {dimension}, t;"
-        yield f"mov.u32 t, {size[dimension]};"
-        yield f"@leads {replace}.global_dim.{map_kind}.b32 [wide], {dimension}, t;"
-        yield f"@leads {replace}.element_stride.{map_kind}.b32 [wide], {dimension}, one;"
-    yield f"mov.u64 stride, {2 * size[0]};"
-    yield f"@leads {replace}.global_stride.{map_kind}.b64 [wide], 0, stride;"
-    yield f"@leads {replace}.elemtype.{map_kind}.b32 [wide], {_ELEMENT[dtype][0]};"
-    yield f"@leads {replace}.interleave_layout.{map_kind}.b32 [wide], 0;"
-    yield f"@leads {replace}.swizzle_mode.{map_kind}.b32 [wide], {_SWIZZLE[2 * box[0]]};"
-    yield f"@leads {replace}.fill_mode.{map_kind}.b32 [wide], 0;"  # zeros
-    yield "bar.warp.sync -1;"
-    yield (
-        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned "
-        f"[{there}], [wide], {_MAP_BYTES};"
-    )
-    yield "bar.warp.sync -1;"
 
 
 def _tiles_n(product: Product) -> int:
@@ -297,23 +226,9 @@ def _next_tile(product: Product) -> Iterator[str]:
     yield f"mul.lo.u32 column, across, {product.block_n};"
 
 
-def _wait(barrier: str, label: str) -> Iterator[str]:
-    """Until the barrier's phase of ``parity`` is over."""
-    yield f"{label}:"
-    yield f"mbarrier.try_wait.parity.shared::cta.b64 q, [{barrier}], parity;"
-    yield f"@!q bra {label};"
-
-
-def _next_stage(product: Product) -> Iterator[str]:
-    yield "add.u32 stage, stage, 1;"
-    yield f"setp.eq.u32 q, stage, {product.stages};"
-    yield "@q mov.u32 stage, 0;"
-    yield "@q xor.b32 parity, parity, 1;"
-
-
 def _ask(product: Product) -> Iterator[str]:
     """The first warp's first thread asks for operands, as stages become empty."""
-    yield f"setmaxnreg.dec.sync.aligned.u32 {_FEW_REGISTERS};"
+    yield f"setmaxnreg.dec.sync.aligned.u32 {ptx.FEW_REGISTERS};"
     yield "setp.ne.u32 p, thread, 0;"
     yield "@p bra END;"
     yield "mov.u32 stage, 0;"
@@ -328,19 +243,18 @@ def _ask(product: Product) -> Iterator[str]:
     yield "mov.u32 k, 0;"
     yield "ASK:"
     yield "mad.lo.u32 bar, stage, 8, empty;"
-    yield from _wait("bar", "ASK_WAIT")
+    yield from ptx.wait("bar", "ASK_WAIT")
     yield "mad.lo.u32 bar, stage, 8, full;"
     yield f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {product.stage_bytes};"
-    copy = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
     yield f"mad.lo.u32 at, stage, {product.stage_bytes}, base;"
-    yield f"{copy} [at], [map_x, {{k, row}}], [bar];"
+    yield f"{ptx.LOAD} [at], [map_x, {{k, row}}], [bar];"
     yield f"add.u32 at, at, {product.x_bytes};"
     yield f"mad.lo.u32 at, rank, {part}, at;"
     if product.blocks > 1:
-        yield f"{copy}.multicast::cluster [at], [map_w, {{k, column}}], [bar], all;"
+        yield f"{ptx.LOAD}.multicast::cluster [at], [map_w, {{k, column}}], [bar], all;"
     else:
-        yield f"{copy} [at], [map_w, {{k, column}}], [bar];"
-    yield from _next_stage(product)
+        yield f"{ptx.LOAD} [at], [map_w, {{k, column}}], [bar];"
+    yield from ptx.next_stage(product.stages)
     yield f"add.u32 k, k, {DEEP};"
     yield f"setp.lt.u32 p, k, {product.inner};"
     yield "@p bra ASK;"
@@ -350,9 +264,9 @@ def _ask(product: Product) -> Iterator[str]:
 
 def _multiply(product: Product, group: int) -> Iterator[str]:
     """One group of four warps: its rows of each tile."""
-    first = _ROWS * product.high * group  # row of a tile
+    first = ROWS * product.high * group  # row of a tile
     out = product.out_at + 2 * product.piece_bytes * group
-    yield f"setmaxnreg.inc.sync.aligned.u32 {product.registers};"
+    yield f"setmaxnreg.inc.sync.aligned.u32 {ptx.many_registers(product.groups)};"
     yield "and.b32 thread, thread, 127;"
     yield "setp.eq.u32 leads, thread, 0;"
     yield f"setp.lt.u32 signals, thread, {product.blocks};"
@@ -386,7 +300,7 @@ def _multiply(product: Product, group: int) -> Iterator[str]:
     yield "mov.u32 k, 0;"
     yield f"STEP{group}:"
     yield "mad.lo.u32 bar, stage, 8, full;"
-    yield from _wait("bar", f"STEP_WAIT{group}")
+    yield from ptx.wait("bar", f"STEP_WAIT{group}")
     yield from _step(product, group)
     yield "wgmma.wait_group.sync.aligned 1;"
     yield "setp.eq.u32 q, k, 0;"
@@ -394,7 +308,7 @@ def _multiply(product: Product, group: int) -> Iterator[str]:
     yield from _release(product)
     yield f"NOT_YET{group}:"
     yield "mov.u32 before, stage;"
-    yield from _next_stage(product)
+    yield from ptx.next_stage(product.stages)
     yield f"add.u32 k, k, {DEEP};"
     yield f"setp.lt.u32 p, k, {product.inner};"
     yield f"@p bra STEP{group};"
@@ -409,21 +323,17 @@ def _multiply(product: Product, group: int) -> Iterator[str]:
 
 def _step(product: Product, group: int) -> Iterator[str]:
     """Four products, 16 deep, of one stage."""
-    # A descriptor is an address in units of 16 bytes, the 1024 bytes from 8 rows to the next in
-    # the same units at bit 32, and the pattern of 128 bytes at bit 62.
-    constant = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
     high = product.high
     for descriptor, offset in (
-        ("desc_a", _ROWS * ROW_BYTES * high * group), ("desc_b", product.x_bytes)
+        ("desc_a", ROWS * ROW_BYTES * high * group), ("desc_b", product.x_bytes)
     ):
         yield f"mad.lo.u32 at, stage, {product.stage_bytes}, base;"
         yield f"add.u32 at, at, {offset};"
         yield "shr.u32 at, at, 4;"
-        yield f"cvt.u64.u32 {descriptor}, at;"
-        yield f"or.b64 {descriptor}, {descriptor}, {constant:#x};"
+        yield from ptx.descriptor(descriptor, "at")
     yield "wgmma.fence.sync.aligned;"
-    kind = _ELEMENT[product.dtype][1]
-    shape = f"m{_ROWS}n{product.block_n}k16"
+    kind = ptx.KIND[product.dtype]
+    shape = f"m{ROWS}n{product.block_n}k16"
     each = product.block_n // 2
     for part in range(DEEP // 16):
         if part:
@@ -434,7 +344,7 @@ def _step(product: Product, group: int) -> Iterator[str]:
             rows = "desc_a"
             if i:
                 rows = "desc_low"
-                yield f"add.u64 desc_low, desc_a, {i * _ROWS * ROW_BYTES >> 4};"
+                yield f"add.u64 desc_low, desc_a, {i * ROWS * ROW_BYTES >> 4};"
             yield (
                 f"wgmma.mma_async.sync.aligned.{shape}.f32.{kind}.{kind} "
                 f"{{{sums}}}, {rows}, desc_b, always, 1, 1, 0, 0;"
@@ -456,7 +366,6 @@ def _release(product: Product) -> Iterator[str]:
 
 def _store(product: Product, barrier: int, out: int) -> Iterator[str]:
     """Round, and hand a few columns at a time to the accelerator, from two places in turn."""
-    kind = _ELEMENT[product.dtype][1]
     pieces = product.block_n // product.piece
     for piece in range(product.high * pieces):
         i, column = divmod(piece, pieces)
@@ -464,23 +373,20 @@ def _store(product: Product, barrier: int, out: int) -> Iterator[str]:
         # What was there before has left; where a tile has an odd number of pieces, its last one and
         # the first of the next are in the same place.
         yield f"@leads cp.async.bulk.wait_group.read {1 if piece else 0};"
-        yield f"bar.sync {barrier}, {_GROUP_THREADS};"
+        yield f"bar.sync {barrier}, {GROUP_THREADS};"
         for across in range(product.piece // 16):
             first = product.piece // 2 * piece + 8 * across
             for j in range(4):
                 low = first + 2 * j
-                yield f"cvt.rn.{kind}x2.f32 two{j}, sum{low + 1}, sum{low};"
+                yield ptx.round_two(f"two{j}", f"sum{low}", f"sum{low + 1}", product.dtype)
             yield (
                 f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [to{across} + {here}], "
                 "{two0, two1, two2, two3};"
             )
         yield "fence.proxy.async.shared::cta;"
-        yield f"bar.sync {barrier}, {_GROUP_THREADS};"
+        yield f"bar.sync {barrier}, {GROUP_THREADS};"
         yield f"add.u32 t, base, {out + here};"
         yield f"add.u32 u, column, {product.piece * column};"
-        yield f"add.u32 v, row, {_ROWS * i};"
-        yield (
-            "@leads cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group "
-            "[map_y, {u, v}], [t];"
-        )
+        yield f"add.u32 v, row, {ROWS * i};"
+        yield f"@leads {ptx.STORE} [map_y, {{u, v}}], [t];"
         yield "@leads cp.async.bulk.commit_group;"

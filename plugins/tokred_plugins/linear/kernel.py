@@ -13,6 +13,7 @@ import triton.language as tl
 
 from tokred_plugins.kernels import PRECISION, Call, Constant, Kernel, Spec, Tactic, cdiv, choose
 from tokred_plugins.linear import hopper
+from tokred_plugins.ptx import DEEP
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def _tactic(m: int, n: int, k: int, warps: int, stages: int, programs: int = 0) 
 def _hopper(m: int, n: int, groups: int, stages: int, cluster: int = 1) -> Tactic:
     """Tiles of m x n by PTX; ``groups`` of four warps multiply, ``cluster`` blocks go together."""
     blocks = {
-        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": hopper.DEEP, "GROUP": 8, "PROGRAMS": 132,
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": DEEP, "GROUP": 8, "PROGRAMS": 132,
         "CLUSTER": cluster,
     }
     return Tactic(blocks, 4 * (groups + 1), stages, since=90, until=90)

@@ -18,6 +18,7 @@ from tokred_plugins.kernels import (
     choose,
     power_of_two,
 )
+from tokred_plugins.ssd_scan import hopper
 from tokred_plugins.ssd_scan.kernel import ssd_scan_kernel, ssd_steps_kernel
 from tokred_plugins.ssd_scan.parallel import (
     ssd_chunk_scan_kernel,
@@ -46,6 +47,16 @@ SSD_SCAN = Kernel(
         )
     ),
 )
+SSD_SCAN_HOPPER = Kernel(
+    "ssd_scan_hopper", None, ("xbc", "d", "pads", "steps"), ("length", "chunks"), ("y", "state"),
+    tuple(
+        Tactic({"HEADS": heads}, 4 * (heads + 1), hopper.STAGES, since=90, until=90)
+        for heads in (1, 2)
+    ),
+    hopper.written,
+)
+# What a chunk of two heads takes that are walked together, in chunks of one head (H100, 2.7b).
+TWO_HEADS = 1.42
 SSD_CHUNK_STATE = Kernel(
     "ssd_chunk_state", ssd_chunk_state_kernel,
     ("xbc", "zxbcdt", "dt_bias", "a_log", "pads"), ("length", "chunks"), ("steps", "added"),
@@ -82,7 +93,7 @@ def calls(
     xbc: Spec, zxbcdt: Spec, dt_bias: Spec, a_log: Spec, d: Spec, pads: Spec,
     initial_state: Spec | None, n_groups: int, d_state: int, dt_min: float, dt_max: float,
     tactics: Mapping[str, Tactic] | None = None, segments: int | None = None,
-    target: int | None = None, multiprocessors: int = MULTIPROCESSORS,
+    target: int | None = None, multiprocessors: int = MULTIPROCESSORS, scratch: bool = False,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.ssd_scan.op.ssd_scan`.
 
@@ -94,6 +105,7 @@ def calls(
             side; by default whichever is faster with the batch given here.
         target: compute capability times ten, for tactics that not every GPU has room for.
         multiprocessors: of the GPU, which programs should fill.
+        scratch: whoever launches passes scratch memory: there is a kernel in PTX that wants it.
 
     Raises:
         ValueError: a sequence whose projection has 2^31 elements or more.
@@ -122,7 +134,10 @@ def calls(
         # Where half of the GPU would idle.
         segments = 2 if 2 * batch * heads < multiprocessors else 1
     if segments == 1:
-        return _walk(shapes, dtypes, limits, tactics)
+        together = 0
+        if scratch and target == 90 and initial_state is None and tactics is None:
+            together = heads_together(shapes)
+        return _walk(shapes, dtypes, limits, tactics, together)
     return _side_by_side(shapes, dtypes, limits, tactics, target)
 
 
@@ -166,18 +181,31 @@ class _Shapes:
         return Spec((self.batch, self.heads, self.head_dim, self.states), "fp32")
 
 
+def heads_together(s: _Shapes) -> int:
+    """How many heads a program of ``ssd_scan_hopper`` should walk; 0 where it does not fit."""
+    sizes = (s.head_dim, s.states)
+    if s.dtype == "fp32" or sizes != (hopper.HEAD_DIM, hopper.STATES):
+        return 0
+    programs = s.batch * s.heads
+    one, two = (cdiv(programs, heads * s.multiprocessors) for heads in (1, 2))
+    return 2 if (s.heads // s.groups) % 2 == 0 and TWO_HEADS * two < one else 1
+
+
 def _walk(
     s: _Shapes, dtypes: Mapping[str, str], limits: Mapping[str, float],
-    tactics: Mapping[str, Tactic] | None,
+    tactics: Mapping[str, Tactic] | None, together: int,
 ) -> tuple[Call, ...]:
-    """One program a sequence and head."""
+    """One program a sequence and head, or ``together`` heads, by the kernel in PTX."""
     programs = s.batch * s.heads
     if s.dtype == "fp32":  # its stages are twice as large
         default = SSD_SCAN.tactics[-1]
     else:  # three stages of loads, or two where one wave then holds all programs
         default = SSD_SCAN.tactics[s.multiprocessors < programs <= 2 * s.multiprocessors]
     scan = fitted(choose(SSD_SCAN, tactics, default), s.heads // s.groups)
-    chunk = scan.blocks["Q"]
+    kernel, chunk = SSD_SCAN, scan.blocks["Q"]
+    if together:
+        kernel, chunk = SSD_SCAN_HOPPER, hopper.CHUNK
+        scan = kernel.tactics[together - 1]
     chunks = cdiv(s.length, chunk)
     extras = {"length": s.length, "chunks": chunks}
     steps = choose(SSD_STEPS, tactics, SSD_STEPS.tactics[0])
@@ -188,7 +216,7 @@ def _walk(
             (cdiv(s.heads, steps.blocks["BLOCK"]), chunks),
         ),
         _call(
-            SSD_SCAN, dtypes, extras, {"y": s.y, "state": s.state}, s.sizes, scan,
+            kernel, dtypes, extras, {"y": s.y, "state": s.state}, s.sizes, scan,
             (s.heads // scan.blocks["HEADS"], 1),
         ),
     )

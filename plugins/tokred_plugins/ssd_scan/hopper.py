@@ -1,0 +1,603 @@
+"""The walk over chunks for compute capability 9.0 as PTX, written out: what Triton 3.6 cannot say.
+
+A block of threads walks the chunks of one or two heads of a sequence. One of its warps only asks
+for what the next chunks read; a group of four warps for each head computes, and while one waits for
+products the other works. What both heads read, B and C, is read once. Rows of padding, and rows
+beyond the end, are outside the matrix that the tensor memory accelerator is told of: they read as
+zeros and are not written. (It reads from rows before the first, and writes to none: a store that
+begins there is an illegal instruction on an H100. The chunk across the first row is stored by the
+threads.)
+
+For each chunk of 64 tokens and head (ssd_scan's README.md has the formulas):
+
+    scores = C B^T        out = C state      by products, in float32
+    mixed = scores * exp2(run_i - run_j) * dt_j where j <= i, rounded
+    out = out * exp2(run_i) + D x + mixed x
+    state = state * exp2(last) + (x * exp2(last - run_j) * dt_j)^T B
+
+The state stays in float32 in registers, [P, N]; the copy that the next chunk's product reads is
+rounded. Sources: the PTX ISA, 8.6, for the layouts of ``wgmma`` (register fragments, descriptors of
+operands read along and across their rows), ``ldmatrix`` and ``stmatrix``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokred_plugins import ptx
+from tokred_plugins.kernels import Call, Written
+
+CHUNK = 64
+HEAD_DIM = 64
+STATES = 128
+MAPS = 2
+STAGES = 3
+_TILE = 64 * ptx.ROW_BYTES  # bytes of 64 rows of 64 numbers
+_STEPS = CHUNK * 8  # bytes of dt and its running decay, in float32
+_COPY = 2 * _TILE  # bytes of the state, rounded: [P, N] in two tiles
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One launch's constants.
+
+    Attributes:
+        heads: of a sequence.
+        groups: of heads that share B and C.
+        dtype: fp16 or bf16, of x, B, C and y.
+        d_dtype: fp32, fp16 or bf16, of D.
+        together: heads a block of threads walks: 1 or 2, of one group.
+    """
+
+    heads: int
+    groups: int
+    dtype: str
+    d_dtype: str
+    together: int
+
+    @property
+    def columns(self) -> int:
+        """Of x, B and C."""
+        return self.heads * HEAD_DIM + 2 * self.groups * STATES
+
+    @property
+    def threads(self) -> int:
+        return ptx.GROUP_THREADS * (self.together + 1)
+
+    @property
+    def stage_bytes(self) -> int:
+        """C, B, and for each head x and its steps; a multiple of 1024."""
+        return 4 * _TILE + self.together * _TILE + 1024
+
+    @property
+    def copies_at(self) -> int:
+        return STAGES * self.stage_bytes
+
+    @property
+    def out_at(self) -> int:
+        return self.copies_at + self.together * _COPY
+
+    @property
+    def barriers_at(self) -> int:
+        return self.out_at + self.together * _TILE
+
+    @property
+    def shared(self) -> int:
+        return self.barriers_at + 16 * STAGES
+
+
+def written(call: Call) -> Written:
+    """The code of a launch of ``ssd_scan_hopper``."""
+    constants = call.constants
+    walk = Walk(
+        int(constants["H"]), int(constants["G"]), call.inputs["xbc"], call.inputs["d"],
+        call.tactic.blocks["HEADS"],
+    )
+    name = call.kernel.name
+    return Written(write(walk, name), name, walk.shared, MAPS * ptx.MAP_BYTES)
+
+
+def write(walk: Walk, name: str) -> str:
+    """The PTX of ``name(xbc, d, pads, steps, length, chunks, y, state, scratch, profile)``."""
+    lines = [*_registers(), *_prepare(walk, name)]
+    for head in range(walk.together):
+        lines += [f"setp.ge.u32 p, thread, {ptx.GROUP_THREADS * (walk.together - head)};"]
+        lines += [f"@p bra HEAD{walk.together - 1 - head};"]
+    lines += [*_ask(walk), "bra END;"]
+    for head in range(walk.together):
+        lines += [f"HEAD{head}:", *_walk(walk, head), "bra END;"]
+    lines += ["END:", "ret;"]
+    parameters = (
+        *((p, "pointer") for p in ("xbc", "d", "pads", "steps")),
+        ("length", "int"), ("chunks", "int"), ("y", "pointer"), ("state", "pointer"),
+    )
+    return ptx.entry(name, parameters, walk.threads, 1, lines)
+
+
+def _registers() -> Iterator[str]:
+    yield from ptx.common_registers()
+    yield ".reg .b32 length, chunks, chunk, batch, pad, first, rows, head, group, warp, held, mine;"
+    yield ".reg .b32 to<4>, x_across, x_along, x_at, steps_at, copy, out, low, high;"
+    yield ".reg .b64 xbc, d, pads, steps, y, state, scratch, map_x, map_y, from, offset;"
+    yield ".reg .b64 desc_c, desc_b, desc_h, desc_x, desc_n;"
+    yield ".reg .b32 weighted<16>, mixed<16>, two<4>;"
+    yield ".reg .f32 score<32>, sum<32>, kept<64>, dt<16>, run<16>;"
+    yield ".reg .f32 last, upper, lower, skip, f, g, decay, even_weight, odd_weight;"
+    yield ".reg .f32 near, upper_near, lower_near;"
+    yield ".reg .b16 half, other;"
+
+
+def _prepare(walk: Walk, name: str) -> Iterator[str]:
+    for register in ("xbc", "d", "pads", "steps", "y", "state", "scratch"):
+        yield f"ld.param.u64 {register}, [{name}_{register}];"
+    for register in ("length", "chunks"):
+        yield f"ld.param.u32 {register}, [{name}_{register}];"
+    yield "mov.u32 thread, %tid.x;"
+    yield "and.b32 lane, thread, 31;"
+    yield "mov.u32 batch, %ctaid.z;"
+    yield "mov.u32 head, %ctaid.x;"
+    yield "mov.u32 t, %nctaid.x;"
+    yield "mad.lo.u32 t, batch, t, head;"
+    yield f"mul.wide.u32 wide, t, {MAPS * ptx.MAP_BYTES};"
+    yield "add.u64 map_x, scratch, wide;"
+    yield f"add.u64 map_y, map_x, {ptx.MAP_BYTES};"
+    yield f"mul.lo.u32 head, head, {walk.together};"
+    yield f"div.u32 group, head, {walk.heads // walk.groups};"
+    yield "mov.u32 base, memory;"
+    yield f"add.u32 full, base, {walk.barriers_at};"
+    yield f"add.u32 empty, full, {8 * STAGES};"
+    yield "mov.u32 zero, 0;"
+    yield "mov.u32 one, 1;"
+    # Rows from the first that is no padding; where there is none, no chunk is walked.
+    yield "mul.wide.u32 wide, batch, 4;"
+    yield "add.u64 wide, pads, wide;"
+    yield "ld.global.s32 pad, [wide];"
+    yield "max.s32 pad, pad, 0;"
+    yield "min.s32 pad, pad, length;"
+    yield "sub.u32 rows, length, pad;"
+    yield f"div.u32 first, pad, {CHUNK};"
+    yield "setp.eq.u32 p, rows, 0;"
+    yield "@p mov.u32 first, chunks;"
+    yield "setp.ge.u32 p, thread, 32;"
+    yield "@p bra READY;"
+    yield "setp.eq.u32 leads, thread, 0;"
+    yield "mad.lo.u32 u, batch, length, pad;"
+    box = (ptx.DEEP, CHUNK)
+    for i, (pointer, there, columns) in enumerate((
+        ("xbc", "map_x", walk.columns), ("y", "map_y", walk.heads * HEAD_DIM),
+    )):
+        yield f"mul.wide.u32 offset, u, {2 * columns};"
+        yield f"add.u64 from, {pointer}, offset;"
+        yield f"add.u32 at, base, {walk.out_at + i * ptx.MAP_BYTES};"
+        size = (columns, "rows")
+        yield from ptx.tensor_map("from", there, size, box, 2 * columns, walk.dtype)
+    yield from ptx.barriers(STAGES, walk.together)
+    yield "READY:"
+    yield "bar.sync 0;"
+    for there in ("map_x", "map_y"):
+        yield f"fence.proxy.tensormap::generic.acquire.gpu [{there}], {ptx.MAP_BYTES};"
+    yield "mov.u32 chunk, first;"
+    yield "mov.u32 stage, 0;"
+
+
+def _ask(walk: Walk) -> Iterator[str]:
+    """The first warp's first thread asks for operands, as stages become empty."""
+    yield f"setmaxnreg.dec.sync.aligned.u32 {ptx.FEW_REGISTERS};"
+    yield "setp.ne.u32 p, thread, 0;"
+    yield "@p bra END;"
+    yield "mov.u32 parity, 1;"  # nothing was ever in a stage: that phase counts as over
+    # The steps of the first head: [B, H, chunks * Q, 2].
+    yield f"mad.lo.u32 t, batch, {walk.heads}, head;"
+    yield "mul.wide.u32 offset, t, chunks;"
+    yield f"mul.lo.u64 offset, offset, {_STEPS};"
+    yield "add.u64 steps, steps, offset;"
+    yield f"mul.wide.u32 stride, chunks, {_STEPS};"  # from one head to the next
+    yield "ASK:"
+    yield "setp.ge.u32 p, chunk, chunks;"
+    yield "@p bra END;"
+    yield "mad.lo.u32 bar, stage, 8, empty;"
+    yield from ptx.wait("bar", "ASK_WAIT")
+    yield "mad.lo.u32 bar, stage, 8, full;"
+    delivered = (4 + walk.together) * _TILE + walk.together * _STEPS
+    yield f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {delivered};"
+    yield f"mad.lo.u32 at, stage, {walk.stage_bytes}, base;"
+    yield f"mul.lo.u32 row, chunk, {CHUNK};"
+    yield "sub.s32 row, row, pad;"
+    width = walk.heads * HEAD_DIM
+    for matrix in (walk.groups, 0):  # C, then B
+        for tile in (0, 64):
+            yield f"mad.lo.u32 column, group, {STATES}, {width + matrix * STATES + tile};"
+            yield f"{ptx.LOAD} [at], [map_x, {{column, row}}], [bar];"
+            yield f"add.u32 at, at, {_TILE};"
+    yield f"mul.lo.u32 column, head, {HEAD_DIM};"
+    for _ in range(walk.together):
+        yield f"{ptx.LOAD} [at], [map_x, {{column, row}}], [bar];"
+        yield f"add.u32 at, at, {_TILE};"
+        yield f"add.u32 column, column, {HEAD_DIM};"
+    yield f"mul.wide.u32 offset, chunk, {_STEPS};"
+    yield "add.u64 from, steps, offset;"
+    for _ in range(walk.together):
+        yield (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+            f"[at], [from], {_STEPS}, [bar];"
+        )
+        yield f"add.u32 at, at, {_STEPS};"
+        yield "add.u64 from, from, stride;"
+    yield from ptx.next_stage(STAGES)
+    yield "add.u32 chunk, chunk, 1;"
+    yield "bra ASK;"
+
+
+def _walk(walk: Walk, which: int) -> Iterator[str]:
+    """One head, by a group of four warps."""
+    copy = walk.copies_at + which * _COPY
+    out = walk.out_at + which * _TILE
+    yield f"setmaxnreg.inc.sync.aligned.u32 {ptx.many_registers(walk.together)};"
+    yield "and.b32 thread, thread, 127;"
+    yield "shr.u32 warp, thread, 5;"
+    yield "setp.eq.u32 leads, thread, 0;"
+    yield "setp.eq.u32 always, zero, 0;"
+    yield f"add.u32 head, head, {which};"
+    yield "mov.u32 parity, 0;"
+    yield from _places()
+    yield from _skip_weight(walk)
+    for i in range(64):
+        yield f"mov.f32 kept{i}, 0f00000000;"
+    yield f"add.u32 copy, base, {copy};"
+    yield f"add.u32 out, base, {out};"
+    yield from _copy_state(walk)
+    yield "fence.proxy.async.shared::cta;"
+    yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
+    yield f"CHUNK{which}:"
+    yield "setp.ge.u32 p, chunk, chunks;"
+    yield f"@p bra WALKED{which};"
+    yield "mad.lo.u32 bar, stage, 8, full;"
+    yield from ptx.wait("bar", f"CHUNK_WAIT{which}")
+    yield from _chunk(walk, which)
+    yield "add.u32 chunk, chunk, 1;"
+    yield f"bra CHUNK{which};"
+    yield f"WALKED{which}:"
+    yield from _store_state(walk)
+    yield from _padding(walk, which)
+    yield "@leads cp.async.bulk.wait_group 0;"
+
+
+def _places() -> Iterator[str]:
+    """Where this thread's rows of eight numbers are in a tile, scattered over its banks.
+
+    ``to`` for results and states by stmatrix, from the tile's address; ``x_along`` for x as sums
+    hold it, ``x_across`` for x turned, as left operands hold it.
+    """
+    # to<i>: row 16 warp + lane % 16, places 2 i + lane / 16, changed by row % 8.
+    yield "shl.b32 t, warp, 4;"
+    yield "and.b32 u, lane, 15;"
+    yield "add.u32 t, t, u;"
+    yield f"mul.lo.u32 t, t, {ptx.ROW_BYTES};"
+    yield "shr.u32 u, lane, 4;"
+    yield "and.b32 v, lane, 7;"
+    for i in range(4):
+        yield f"add.u32 to{i}, u, {2 * i};"
+        yield f"xor.b32 to{i}, to{i}, v;"
+        yield f"mad.lo.u32 to{i}, to{i}, 16, t;"
+    # x turned: rows (tokens) lane % 8 + 8 (lane / 16), place 2 warp + lane / 8 % 2.
+    yield "shr.u32 t, lane, 4;"
+    yield "mad.lo.u32 t, t, 8, v;"
+    yield f"mul.lo.u32 t, t, {ptx.ROW_BYTES};"
+    yield "bfe.u32 u, lane, 3, 1;"
+    yield "mad.lo.u32 u, warp, 2, u;"
+    yield "xor.b32 u, u, v;"
+    yield "mad.lo.u32 x_across, u, 16, t;"
+
+
+def _skip_weight(walk: Walk) -> Iterator[str]:
+    """D of this head."""
+    size = 4 if walk.d_dtype == "fp32" else 2
+    yield f"mul.wide.u32 offset, head, {size};"
+    yield "add.u64 from, d, offset;"
+    if walk.d_dtype == "fp32":
+        yield "ld.global.f32 skip, [from];"
+    else:
+        yield "ld.global.b16 half, [from];"
+        yield f"cvt.f32.{ptx.KIND[walk.d_dtype]} skip, half;"
+
+
+def _chunk(walk: Walk, which: int) -> Iterator[str]:
+    dtype = walk.dtype
+    kind = ptx.KIND[dtype]
+    yield f"mad.lo.u32 held, stage, {walk.stage_bytes}, base;"
+    yield f"add.u32 x_at, held, {(4 + which) * _TILE};"
+    yield f"add.u32 steps_at, held, {(4 + walk.together) * _TILE + which * _STEPS};"
+    # Operands: C and B along their rows, the state's copy too; x and B across.
+    yield "shr.u32 t, held, 4;"
+    yield from ptx.descriptor("desc_c", "t")
+    yield f"add.u32 u, t, {2 * _TILE >> 4};"
+    yield from ptx.descriptor("desc_b", "u")
+    yield from ptx.descriptor("desc_n", "u", across=_TILE)
+    yield "shr.u32 t, copy, 4;"
+    yield from ptx.descriptor("desc_h", "t")
+    yield "shr.u32 t, x_at, 4;"
+    yield from ptx.descriptor("desc_x", "t", across=_TILE)
+
+    # scores = C B^T and out = C state, both [64, 64] from 128 columns.
+    for name in ("score", "sum"):
+        for i in range(32):
+            yield f"mov.f32 {name}{i}, 0f00000000;"
+    yield "wgmma.fence.sync.aligned;"
+    for name, right in (("score", "desc_b"), ("sum", "desc_h")):
+        sums = ", ".join(f"{name}{i}" for i in range(32))
+        for part in range(STATES // 16):
+            offset = part // 4 * _TILE + part % 4 * 32 >> 4
+            left = "desc_c"
+            if offset:
+                yield f"add.u64 wide, desc_c, {offset};"
+                yield f"add.u64 stride, {right}, {offset};"
+                left, right_part = "wide", "stride"
+            else:
+                right_part = right
+            yield (
+                f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{sums}}}, "
+                f"{left}, {right_part}, always, 1, 1, 0, 0;"
+            )
+        yield "wgmma.commit_group.sync.aligned;"
+
+    # Meanwhile: dt and its running decay at this thread's sixteen columns and two rows.
+    yield "and.b32 t, lane, 3;"
+    yield "mad.lo.u32 t, t, 16, steps_at;"
+    for i in range(8):
+        a, b = 2 * i, 2 * i + 1
+        yield f"ld.shared.v4.f32 {{dt{a}, run{a}, dt{b}, run{b}}}, [t + {64 * i}];"
+    yield "mad.lo.u32 u, warp, 128, steps_at;"
+    yield "ld.shared.f32 near, [u + 4];"
+    yield "shr.u32 v, lane, 2;"
+    yield "mad.lo.u32 u, v, 8, u;"
+    yield "ld.shared.f32 upper, [u + 4];"
+    yield "ld.shared.f32 lower, [u + 68];"
+    yield f"ld.shared.f32 last, [steps_at + {_STEPS - 4}];"
+    yield from _weighted(dtype)
+
+    yield "wgmma.wait_group.sync.aligned 1;"
+    yield from _mixed(dtype, which)
+    yield "wgmma.wait_group.sync.aligned 0;"
+    yield from _decayed_and_skipped(dtype)
+    yield "wgmma.fence.sync.aligned;"
+    sums = ", ".join(f"sum{i}" for i in range(32))
+    for part in range(CHUNK // 16):
+        left = ", ".join(f"mixed{4 * part + i}" for i in range(4))
+        yield f"add.u64 wide, desc_x, {part * 16 * ptx.ROW_BYTES >> 4};"
+        yield (
+            f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{sums}}}, "
+            f"{{{left}}}, wide, always, 1, 1, 1;"
+        )
+    yield "wgmma.commit_group.sync.aligned;"
+    yield "ex2.approx.ftz.f32 f, last;"
+    for i in range(64):
+        yield f"mul.f32 kept{i}, kept{i}, f;"
+    yield "wgmma.fence.sync.aligned;"
+    states = ", ".join(f"kept{i}" for i in range(64))
+    for part in range(CHUNK // 16):
+        left = ", ".join(f"weighted{4 * part + i}" for i in range(4))
+        yield f"add.u64 wide, desc_n, {part * 16 * ptx.ROW_BYTES >> 4};"
+        yield (
+            f"wgmma.mma_async.sync.aligned.m64n128k16.f32.{kind}.{kind} {{{states}}}, "
+            f"{{{left}}}, wide, always, 1, 1, 1;"
+        )
+    yield "wgmma.commit_group.sync.aligned;"
+
+    yield "wgmma.wait_group.sync.aligned 1;"
+    for i in range(4):
+        yield from _round_and_place("sum", 8 * i, f"to{i}", "out", 0, dtype)
+    yield "fence.proxy.async.shared::cta;"
+    yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
+    yield f"mul.lo.u32 column, head, {HEAD_DIM};"
+    yield f"mul.lo.u32 row, chunk, {CHUNK};"
+    yield "sub.s32 row, row, pad;"
+    yield "setp.lt.s32 p, row, 0;"
+    yield f"@p bra ACROSS{which};"
+    yield f"@leads {ptx.STORE} [map_y, {{column, row}}], [out];"
+    yield "@leads cp.async.bulk.commit_group;"
+    yield f"bra STORED{which};"
+    yield f"ACROSS{which}:"
+    yield from _store_by_threads(walk)
+    yield f"STORED{which}:"
+
+    yield "wgmma.wait_group.sync.aligned 0;"
+    yield from _copy_state(walk)
+    yield "fence.proxy.async.shared::cta;"
+    yield "@leads cp.async.bulk.wait_group.read 0;"  # the next chunk writes there
+    yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
+    yield "mad.lo.u32 bar, stage, 8, empty;"
+    yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
+    yield from ptx.next_stage(STAGES)
+
+
+def _two_floats(register: str, dtype: str) -> Iterator[str]:
+    """``f`` and ``g``: the low and the high half of a register of two numbers."""
+    yield f"mov.b32 {{half, other}}, {register};"
+    yield f"cvt.f32.{ptx.KIND[dtype]} f, half;"
+    yield f"cvt.f32.{ptx.KIND[dtype]} g, other;"
+
+
+def _weighted(dtype: str) -> Iterator[str]:
+    """x turned, each token by what is left of it at the chunk's end: a left operand."""
+    yield "add.u32 at, x_at, x_across;"
+    for part in range(CHUNK // 16):
+        regs = ", ".join(f"weighted{4 * part + i}" for i in range(4))
+        yield (
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 "
+            f"{{{regs}}}, [at + {part * 16 * ptx.ROW_BYTES}];"
+        )
+    for pair in range(8):  # of tokens: a pair of columns in two of the four registers of a part
+        for i in (2 * pair, 2 * pair + 1):
+            yield f"sub.f32 decay, last, run{i};"
+            yield "ex2.approx.ftz.f32 decay, decay;"
+            yield f"mul.f32 {'odd_weight' if i % 2 else 'even_weight'}, decay, dt{i};"
+        part, second = divmod(pair, 2)
+        for i in (0, 1):
+            register = f"weighted{4 * part + 2 * second + i}"
+            yield from _two_floats(register, dtype)
+            yield "mul.f32 f, f, even_weight;"
+            yield "mul.f32 g, g, odd_weight;"
+            yield ptx.round_two(register, "f", "g", dtype)
+
+
+def _mixed(dtype: str, which: int) -> Iterator[str]:
+    """Scores by decay and dt, on and below the diagonal: a left operand.
+
+    Of the pieces of 16 columns those before the warp's own rows are all below the diagonal: their
+    decay is one from the column to the warp's first row, ``near``, times one from there on, both at
+    most 1.
+    """
+    for i in range(16):
+        yield f"mov.b32 mixed{i}, 0;"
+    for run in ("upper", "lower"):
+        yield f"sub.f32 {run}_near, {run}, near;"
+        yield f"ex2.approx.ftz.f32 {run}_near, {run}_near;"
+    for part in range(CHUNK // 16):
+        yield f"setp.eq.u32 p, warp, {part};"
+        yield f"@p bra DIAGONAL{which}_{part};"
+        for pair in (2 * part, 2 * part + 1):
+            for i, weight in enumerate(("even_weight", "odd_weight")):
+                yield f"sub.f32 decay, near, run{2 * pair + i};"
+                yield "ex2.approx.ftz.f32 decay, decay;"
+                yield f"mul.f32 {weight}, decay, dt{2 * pair + i};"
+            for row, run in enumerate(("upper", "lower")):
+                found = [f"score{4 * pair + 2 * row + i}" for i in (0, 1)]
+                for score, weight in zip(found, ("even_weight", "odd_weight"), strict=True):
+                    yield f"mul.f32 {score}, {score}, {run}_near;"
+                    yield f"mul.f32 {score}, {score}, {weight};"
+                yield ptx.round_two(f"mixed{2 * pair + row}", *found, dtype)
+    # A warp's own piece ends its row of pieces: one of these is where it comes from above.
+    for part in range(CHUNK // 16):
+        yield f"DIAGONAL{which}_{part}:"
+        # Within the piece: row lane / 4 (+ 8), columns 2 (lane % 4) (+ 1) (+ 8).
+        yield "shr.u32 t, lane, 2;"
+        yield "and.b32 v, lane, 3;"
+        yield "shl.b32 v, v, 1;"
+        yield "sub.s32 t, t, v;"
+        for second, row in ((0, 0), (0, 1), (1, 1)):
+            pair = 2 * part + second
+            found = [f"score{4 * pair + 2 * row + i}" for i in (0, 1)]
+            for i, score in enumerate(found):
+                yield f"sub.f32 decay, {('upper', 'lower')[row]}, run{2 * pair + i};"
+                yield "ex2.approx.ftz.f32 decay, decay;"
+                yield f"mul.f32 decay, decay, dt{2 * pair + i};"
+                yield f"mul.f32 {score}, {score}, decay;"
+                if second == row:
+                    yield f"setp.ge.s32 p, t, {i};"
+                    yield f"selp.f32 {score}, {score}, 0f00000000, p;"
+            yield ptx.round_two(f"mixed{2 * pair + row}", *found, dtype)
+        yield f"bra MIXED{which};"
+    yield f"MIXED{which}:"
+
+
+def _decayed_and_skipped(dtype: str) -> Iterator[str]:
+    """out = out * exp2(run) + D x."""
+    for run in ("upper", "lower"):
+        yield f"ex2.approx.ftz.f32 {run}, {run};"
+    for across in range(4):
+        yield f"add.u32 at, x_at, to{across};"
+        regs = ", ".join(f"two{i}" for i in range(4))
+        yield f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{regs}}}, [at];"
+        for i in range(4):
+            first = 8 * across + 2 * i
+            run = "lower" if i % 2 else "upper"
+            yield from _two_floats(f"two{i}", dtype)
+            for j, x in ((0, "f"), (1, "g")):
+                yield f"mul.f32 {x}, {x}, skip;"
+                yield f"fma.rn.f32 sum{first + j}, sum{first + j}, {run}, {x};"
+
+
+def _round_and_place(
+    name: str, first: int, place: str, tile: str, offset: int, dtype: str
+) -> Iterator[str]:
+    """Sixteen columns of sums into a tile of shared memory."""
+    for j in range(4):
+        low = first + 2 * j
+        yield ptx.round_two(f"two{j}", f"{name}{low}", f"{name}{low + 1}", dtype)
+    yield f"add.u32 at, {tile}, {place};"
+    yield (
+        f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [at + {offset}], {{two0, two1, two2, two3}};"
+    )
+
+
+def _copy_state(walk: Walk) -> Iterator[str]:
+    """The state, rounded, for the next chunk's product."""
+    for i in range(8):
+        yield from _round_and_place("kept", 8 * i, f"to{i % 4}", "copy", i // 4 * _TILE, walk.dtype)
+
+
+def _store_by_threads(walk: Walk) -> Iterator[str]:
+    """The tile of results that begins ``row`` rows from the first that is no padding; those before
+    it are left out. Eight columns a thread, sixteen rows at a time."""
+    yield "shr.u32 t, thread, 3;"  # the row in the tile
+    yield "and.b32 v, thread, 7;"
+    yield "and.b32 u, t, 7;"
+    yield "xor.b32 u, u, v;"  # where the columns are: scattered by the row
+    yield "shl.b32 u, u, 4;"
+    yield f"mad.lo.u32 at, t, {ptx.ROW_BYTES}, u;"
+    yield "add.u32 at, at, out;"
+    yield "mad.lo.u32 column, v, 8, column;"
+    yield "add.u32 row, row, t;"
+    yield "mad.lo.u32 u, batch, length, pad;"
+    yield "add.u32 u, u, row;"
+    for i in range(CHUNK // 16):
+        yield f"ld.shared.v4.b32 {{two0, two1, two2, two3}}, [at + {16 * i * ptx.ROW_BYTES}];"
+        yield "setp.lt.u32 p, row, rows;"  # rows before the first are huge
+        yield f"mul.wide.u32 offset, u, {2 * walk.heads * HEAD_DIM};"
+        yield "add.u64 from, y, offset;"
+        yield "mul.wide.u32 offset, column, 2;"
+        yield "add.u64 from, from, offset;"
+        yield "@p st.global.v4.b32 [from], {two0, two1, two2, two3};"
+        yield "add.u32 row, row, 16;"
+        yield "add.u32 u, u, 16;"
+
+
+def _store_state(walk: Walk) -> Iterator[str]:
+    """The final state [B, H, P, N], float32."""
+    yield f"mad.lo.u32 t, batch, {walk.heads}, head;"
+    yield f"mul.wide.u32 offset, t, {4 * HEAD_DIM * STATES};"
+    yield "add.u64 from, state, offset;"
+    yield "shr.u32 u, lane, 2;"
+    yield "mad.lo.u32 u, warp, 16, u;"
+    yield "and.b32 v, lane, 3;"
+    yield f"mul.lo.u32 u, u, {4 * STATES};"
+    yield "mad.lo.u32 u, v, 8, u;"
+    yield "cvt.u64.u32 offset, u;"
+    yield "add.u64 from, from, offset;"
+    for i in range(16):
+        for row in (0, 1):
+            first = 4 * i + 2 * row
+            yield (
+                f"st.global.v2.f32 [from + {32 * i + row * 8 * 4 * STATES}], "
+                f"{{kept{first}, kept{first + 1}}};"
+            )
+
+
+def _padding(walk: Walk, which: int) -> Iterator[str]:
+    """y of rows of padding: D x, eight columns a thread, sixteen rows at a time."""
+    width = walk.heads * HEAD_DIM
+    yield "shr.u32 row, thread, 3;"
+    yield "and.b32 column, thread, 7;"
+    yield "shl.b32 column, column, 3;"
+    yield f"mad.lo.u32 column, head, {HEAD_DIM}, column;"
+    yield f"PADDING{which}:"
+    yield "setp.ge.u32 p, row, pad;"
+    yield f"@p bra PADDED{which};"
+    yield "mad.lo.u32 u, batch, length, row;"
+    for pointer, columns in (("xbc", walk.columns), ("y", width)):
+        yield f"mul.wide.u32 offset, u, {2 * columns};"
+        yield f"add.u64 from, {pointer}, offset;"
+        yield "mul.wide.u32 offset, column, 2;"
+        yield "add.u64 from, from, offset;"
+        if pointer == "xbc":
+            yield "ld.global.v4.b32 {two0, two1, two2, two3}, [from];"
+    for i in range(4):
+        yield from _two_floats(f"two{i}", walk.dtype)
+        yield "mul.f32 f, f, skip;"
+        yield "mul.f32 g, g, skip;"
+        yield ptx.round_two(f"two{i}", "f", "g", walk.dtype)
+    yield "st.global.v4.b32 [from], {two0, two1, two2, two3};"
+    yield "add.u32 row, row, 16;"
+    yield f"bra PADDING{which};"
+    yield f"PADDED{which}:"
