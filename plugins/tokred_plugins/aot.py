@@ -204,8 +204,8 @@ def source_of(call: Call) -> Any:  # noqa: ANN401  Triton is imported late
 def _to_ptx(call: Call, target: int) -> tuple[str, dict]:
     """Triton's own stages up to PTX: ``triton.compile`` would go on to ptxas, which need not
     know the target here, and which takes longer than all the rest."""
-    written = None if call.kernel.write is None else call.kernel.write(call)
-    if written is not None:
+    if call.tactic.ptx:
+        written = call.kernel.write(call)
         return written.ptx, {
             "name": written.entry, "shared": written.shared,
             "global_scratch_size": written.scratch,

@@ -48,6 +48,7 @@ def _launcher(face: KernelFace, names: tuple[str, ...]) -> Callable:
         gpu = torch.cuda.get_device_properties(tensors[face.inputs[0]].device)
         given |= {
             "target": 10 * gpu.major + gpu.minor, "multiprocessors": gpu.multi_processor_count,
+            "scratch": True,
         }
         made = run(face.calls(specs, given), tensors)
         results = tuple(made[name] for name in face.results)

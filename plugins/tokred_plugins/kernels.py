@@ -51,6 +51,7 @@ class Tactic:
         num_stages: depth of software pipelines.
         since: least compute capability, times ten, that it is for.
         until: last one that it is for.
+        ptx: the kernel writes the code of it, which Triton could not.
     """
 
     blocks: Mapping[str, int]
@@ -58,6 +59,7 @@ class Tactic:
     num_stages: int = 1
     since: int = 0
     until: int = 999
+    ptx: bool = False
 
     def __str__(self) -> str:
         blocks = " ".join(f"{name}={size}" for name, size in self.blocks.items())
@@ -93,7 +95,7 @@ class Kernel:
         extras: int32 scalars.
         outputs: pointers written, every element of them.
         tactics: candidates; the first suits 16-bit tensors of every shape.
-        write: the code of tactics that Triton cannot compile; None for those that it can.
+        write: the code of a call whose tactic is PTX.
     """
 
     name: str
@@ -102,7 +104,7 @@ class Kernel:
     extras: tuple[str, ...]
     outputs: tuple[str, ...]
     tactics: tuple[Tactic, ...]
-    write: Callable[[Call], Written | None] | None = None
+    write: Callable[[Call], Written] | None = None
 
     @property
     def code(self) -> str:
@@ -148,9 +150,6 @@ def launch(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         The outputs by name, freshly allocated.
-
-    Raises:
-        ValueError: a tactic that is PTX alone; ``aot.compile_call`` compiles it.
     """
     import torch
 
@@ -168,11 +167,13 @@ def launch(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def launch_into(call: Call, tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
     """:func:`launch` into tensors that exist already."""
     kernel = call.kernel
-    if kernel.fn is None or (kernel.write is not None and kernel.write(call) is not None):
-        raise ValueError(f"{kernel.name} with {call.tactic} is PTX: Triton does not launch it")
     given = [tensors[name] if name in call.inputs else None for name in kernel.inputs]
-    extras = [call.extras[name] for name in kernel.extras]
     made = [outputs[name] for name in kernel.outputs]
+    if call.tactic.ptx:
+        from tokred_plugins.driver import launch_ptx
+
+        return launch_ptx(call, [x for x in given if x is not None], made)
+    extras = [call.extras[name] for name in kernel.extras]
     constants = {k: v for k, v in call.constexprs.items() if v is not None}
     if call.tactic.since >= 90:
         _give_scratch(given[0].device)

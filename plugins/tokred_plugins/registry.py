@@ -58,7 +58,7 @@ def call_to_json(call: Call) -> str:
         "constants": dict(call.constants),
         "tactic": [
             dict(call.tactic.blocks), call.tactic.num_warps, call.tactic.num_stages,
-            call.tactic.since, call.tactic.until,
+            call.tactic.since, call.tactic.until, call.tactic.ptx,
         ],
         "grid": list(call.grid),
     }

@@ -69,10 +69,10 @@ def test_what_is_launched(tactic):
             compile_call(call, target)
 
 
-def test_only_as_ptx():
-    """Triton cannot launch it; and a change of its source is a change of the kernel."""
+def test_only_on_a_gpu():
+    """It cannot be interpreted; and a change of its source is a change of the kernel."""
     call = call_with(TACTICS[0])
-    with pytest.raises(ValueError, match="is PTX"):
+    with pytest.raises(ValueError, match="is PTX and runs on a GPU alone; the tensors are on cpu"):
         import torch
 
         launch(call, {"x": torch.zeros(2, 300, 200), "weight": torch.zeros(264, 200)})

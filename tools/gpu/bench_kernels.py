@@ -186,7 +186,8 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
         for kernel, tactic, segments in variants(case):
             options = {} if segments is None else {"segments": segments}
             calls = case.launches({kernel: tactic}, **options)
-            whole = kernel in ("ssd_scan", "ssd_chunk_scan")  # its chunk decides the others
+            # Its chunk decides the others.
+            whole = kernel in ("ssd_scan", "ssd_scan_hopper", "ssd_chunk_scan")
             record(calls, kernel, str(tactic), None if whole else kernel, **options)
     if case.op == "ssd_scan":
         records += mamba_scan(case, prepared, label, floor)
@@ -197,8 +198,12 @@ def variants(case: Case) -> list[tuple[str, Tactic, int | None]]:
     """Every kernel with every tactic; the scan both ways."""
     if case.op != "ssd_scan":
         return [(c.kernel.name, t, None) for c in case.launches() for t in c.kernel.tactics]
-    return [(call.kernel.name, tactic, segments) for segments in (1, 2)
-            for call in case.launches(segments=segments) for tactic in call.kernel.tactics]
+    return [
+        (call.kernel.name, tactic, segments)
+        for segments, options in ((1, {}), (1, {"scratch": False}), (2, {}))
+        for call in case.launches(segments=segments, **options)[-1 if options else 0 :]
+        for tactic in call.kernel.tactics
+    ]
 
 
 def mamba_scan(case: Case, prepared: Prepared, label: dict, floor: float) -> list[dict]:
@@ -286,6 +291,8 @@ def compile_one(job: tuple) -> None:
         calls = case.launches({kernel: tactic}, **({} if segments is None else
                                                    {"segments": segments}))
     for call in calls:
+        if call.tactic.ptx:
+            continue
         k = call.kernel
         pointers = [given[call.inputs[n]] if n in call.inputs else None for n in k.inputs]
         made = [given[call.outputs[n].dtype] for n in k.outputs]

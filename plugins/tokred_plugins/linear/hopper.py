@@ -103,13 +103,10 @@ class Product:
         return self.barriers_at + 16 * self.stages
 
 
-def written(call: Call) -> Written | None:
-    """The code of a launch of ``linear`` with clusters; None where its tactic has none."""
-    blocks, warps = call.tactic.blocks, call.tactic.num_warps
-    cluster = blocks.get("CLUSTER", 0)
-    if not cluster:
-        return None
-    groups = warps // 4 - 1
+def written(call: Call) -> Written:
+    """The code of a launch of ``linear`` with clusters."""
+    blocks, cluster = call.tactic.blocks, call.tactic.blocks["CLUSTER"]
+    groups = call.tactic.num_warps // 4 - 1
     product = Product(
         inner=int(call.constants["K"]), columns=int(call.constants["N"]), dtype=call.inputs["x"],
         block_n=blocks["BLOCK_N"], groups=groups, high=blocks["BLOCK_M"] // (ROWS * groups),

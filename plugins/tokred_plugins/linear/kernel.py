@@ -157,7 +157,7 @@ def _hopper(m: int, n: int, groups: int, stages: int, cluster: int = 1) -> Tacti
         "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": DEEP, "GROUP": 8, "PROGRAMS": 132,
         "CLUSTER": cluster,
     }
-    return Tactic(blocks, 4 * (groups + 1), stages, since=90, until=90)
+    return Tactic(blocks, 4 * (groups + 1), stages, since=90, until=90, ptx=True)
 
 
 LINEAR = Kernel(

@@ -50,7 +50,7 @@ SSD_SCAN = Kernel(
 SSD_SCAN_HOPPER = Kernel(
     "ssd_scan_hopper", None, ("xbc", "d", "pads", "steps"), ("length", "chunks"), ("y", "state"),
     tuple(
-        Tactic({"HEADS": heads}, 4 * (heads + 1), hopper.STAGES, since=90, until=90)
+        Tactic({"HEADS": heads}, 4 * (heads + 1), hopper.STAGES, since=90, until=90, ptx=True)
         for heads in (1, 2)
     ),
     hopper.written,
@@ -135,7 +135,7 @@ def calls(
         segments = 2 if 2 * batch * heads < multiprocessors else 1
     if segments == 1:
         together = 0
-        if scratch and target == 90 and initial_state is None and tactics is None:
+        if scratch and target == 90 and initial_state is None and "ssd_scan" not in (tactics or {}):
             together = heads_together(shapes)
         return _walk(shapes, dtypes, limits, tactics, together)
     return _side_by_side(shapes, dtypes, limits, tactics, target)
@@ -205,7 +205,7 @@ def _walk(
     kernel, chunk = SSD_SCAN, scan.blocks["Q"]
     if together:
         kernel, chunk = SSD_SCAN_HOPPER, hopper.CHUNK
-        scan = kernel.tactics[together - 1]
+        scan = choose(kernel, tactics, kernel.tactics[together - 1])
     chunks = cdiv(s.length, chunk)
     extras = {"length": s.length, "chunks": chunks}
     steps = choose(SSD_STEPS, tactics, SSD_STEPS.tactics[0])
