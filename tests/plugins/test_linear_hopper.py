@@ -1,6 +1,6 @@
-"""The product written in PTX, as far as that can be told without the GPU that it is for.
+"""The product written in PTX: by the assembler, and run by a machine that knows the instructions.
 
-Its results are checked on one, by ``test_aot_launch.py``.
+``test_aot_launch.py`` launches it on the GPU that it is for.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import subprocess
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptx_integers import execute
+from ptx_machine import GlobalMemory, Machine, integers, to_bits, to_float
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -100,10 +101,10 @@ def test_every_tile_once(rows, columns, block_n, groups, high, blocks, tall):
                    blocks=blocks, tall=tall)
     prepared = list(hopper._prepare(made, "k"))
     counted = prepared[next(i for i, s in enumerate(prepared) if s.startswith("add.u32 stacks_m")):]
-    known = execute(counted[: -2], {"rows": rows})  # the last two read which block this is
+    known = integers(counted[:-2], {"rows": rows})  # the last two read which block this is
     found = []
     for stack, rank in product(range(known["stacks"]), range(blocks)):
-        tile = execute(hopper._next_tile(made), {**known, "stack": stack, "rank": rank})
+        tile = integers([*hopper._next_tile(made)], {**known, "stack": stack, "rank": rank})
         found.append((tile["row"], tile["column"]))
     expected = product(
         range(0, known["stacks_m"] * blocks * made.block_m, made.block_m),
@@ -113,78 +114,33 @@ def test_every_tile_once(rows, columns, block_n, groups, high, blocks, tall):
     assert 0 <= known["stacks_m"] * blocks * made.block_m - rows < blocks * made.block_m
 
 
-def scattered(address, row_bytes):
-    """Where the accelerator puts a byte: 16-byte units of a row, changed by bits from 7 on."""
-    mask = row_bytes // 16 - 1
-    return address ^ (address >> 7 & mask) << 4
-
-
 @pytest.mark.parametrize(
-    ("block_n", "groups", "high"), [(256, 2, 1), (160, 2, 2), (192, 1, 2), (96, 2, 2)]
+    ("shape", "tile", "blocks", "programs", "dtype"),
+    [
+        ((1, 100, 264, 72), (192, 2, 1, 4), 1, 2, "fp16"),
+        ((2, 150, 328, 200), (160, 2, 2, 4), 1, 4, "bf16"),
+        ((1, 300, 264, 136), (256, 2, 1, 4), 2, 2, "fp16"),
+        ((3, 70, 232, 64), (224, 1, 1, 2), 2, 4, "bf16"),
+        ((1, 129, 200, 328), (96, 2, 2, 3), 1, 1, "fp16"),
+        ((1, 7, 8, 8), (192, 1, 2, 2), 1, 3, "fp16"),
+    ],
 )
-def test_results_land_where_they_belong(block_n, groups, high):
-    """Every sum of every thread, through stmatrix and the accelerator, to its row and column.
-
-    The layouts are the PTX ISA's: which thread holds what of a product (wgmma, "register
-    fragments"), and whose registers stmatrix stores where.
-    """
-    made = replace(PLAIN, block_n=block_n, groups=groups, high=high)
-    for group in range(groups):
-        code = list(hopper._multiply(made, group))
-        first = next(i for i, s in enumerate(code) if s.startswith("shr.u32 t, thread"))
-        last = max(i for i, s in enumerate(code) if re.match(r"add\.u32 to\d", s))
-        out = made.out_at + 2 * made.piece_bytes * group
-        places = [
-            execute(code[first : last + 1], {"thread": t, "lane": t % 32, "base": 0})
-            for t in range(128)
-        ]
-        result = {}
-        shared: dict[int, tuple[int, int]] = {}
-        two: dict[str, tuple[int, int]] = {}
-        known = {"base": 0, "row": 0, "column": 0}
-        for line in hopper._store(made, 1, out):
-            if found := re.fullmatch(r"cvt\.rn\.f16x2\.f32 (two\d), sum(\d+), sum(\d+);", line):
-                two[found[1]] = int(found[3]), int(found[2])  # the low half comes last
-            elif found := re.match(r"stmatrix\S+ \[(to\d) \+ (\d+)\]", line):
-                store_matrices(shared, places, found[1], int(found[2]), two)
-            elif found := re.search(r"\[map_y, \{(\w), (\w)\}\], \[(\w)\];", line):
-                column, row, at = (known[name] for name in found.groups())
-                for i, j in product(range(64), range(made.piece)):
-                    byte = made.piece_row * i + 2 * j
-                    result[row + i, column + j] = shared[at + scattered(byte, made.piece_row)]
-            elif line.startswith("add.u32"):
-                known = execute([line], known)
-        assert len(result) == 64 * high * block_n
-        for (row, column), (thread, register) in result.items():
-            part, inside = divmod(register, block_n // 2)
-            eight, which = divmod(inside, 4)
-            holds = (64 * part + 16 * (thread // 32) + thread % 32 // 4 + 8 * (which // 2),
-                     8 * eight + 2 * (thread % 4) + which % 2)
-            assert holds == (row, column)
-
-
-@pytest.mark.parametrize("block_n", [256, 224, 192, 160, 96])
-def test_results_wait_until_earlier_ones_have_left(block_n):
-    """A place is written again only when the accelerator has read it, in the next tile too."""
-    made = replace(PLAIN, block_n=block_n)
-    leaving: list[int] = []
-    place = None
-    for line in [*hopper._store(made, 1, 0)] * 2:
-        if found := re.fullmatch(r"@leads cp\.async\.bulk\.wait_group\.read (\d);", line):
-            leaving = leaving[len(leaving) - int(found[1]) :] if int(found[1]) else []
-        elif found := re.match(r"stmatrix\S+ \[to\d \+ (\d+)\]", line):
-            place = int(found[1])
-            assert place not in leaving
-        elif "commit_group" in line:
-            leaving.append(place)
-    assert leaving
-
-
-def store_matrices(shared, places, register, offset, two):
-    """stmatrix .x4: eight threads give the rows of one matrix, all give two numbers of a row."""
-    for warp, matrix, row in product(range(4), range(4), range(8)):
-        address = places[32 * warp + 8 * matrix + row][register] + offset
-        for i in range(4):
-            thread = 32 * warp + 4 * row + i
-            for half, number in enumerate(two[f"two{matrix}"]):
-                shared[address + 4 * i + 2 * half] = thread, number
+def test_run_by_the_machine(shape, tile, blocks, programs, dtype):
+    """Whole tiles and parts of them, more stages than steps and fewer, more blocks than tiles and
+    fewer; nothing is written that should not be."""
+    batch, length, columns, inner = shape
+    block_n, groups, high, stages = tile
+    made = hopper.Product(inner, columns, dtype, block_n, groups, high, stages, blocks, 2, programs)
+    kind = {"fp16": "f16", "bf16": "bf16"}[dtype]
+    random = np.random.default_rng(0)
+    x = to_bits(random.standard_normal((batch, length, inner)), kind)
+    weight = to_bits(random.standard_normal((columns, inner)), kind)
+    y = to_bits(np.full((batch, length, columns), np.nan), kind)
+    scratch = np.zeros(programs * batch * hopper.MAPS * 128, np.uint8)
+    memory = GlobalMemory()
+    at = [memory.add(array) for array in (x, weight, y, scratch)]
+    arguments = (at[0], at[1], length, at[2], at[3], 0)
+    Machine(hopper.write(made, "k"), (programs, batch), made.shared, memory, arguments).run()
+    expected = to_float(x, kind).astype(float) @ to_float(weight, kind).astype(float).T
+    error = np.linalg.norm(to_float(y, kind) - expected) / np.linalg.norm(expected)
+    assert error < {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]

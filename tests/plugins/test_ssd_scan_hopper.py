@@ -1,0 +1,142 @@
+"""The walk written in PTX: by the assembler, and run by a machine that knows the instructions.
+
+``test_aot_launch.py`` launches it on the GPU that it is for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ptx_machine import GlobalMemory, Machine, to_float
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from tokred_plugins.aot import SHARED_LIMITS, DoesNotFit, compile_call
+from tokred_plugins.kernels import Spec
+from tokred_plugins.ssd_scan import hopper, launches
+from tokred_plugins.ssd_scan.reference import ssd_scan_reference
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS = {"fp16": "f16", "bf16": "bf16"}
+
+
+def calls(batch=1, length=200, heads=80, groups=1, states=128, dtype="fp16", **options):
+    """The launches where scratch memory is passed, on compute capability 9.0 if not told."""
+    columns = heads * 64 + 2 * groups * states
+    head = Spec((heads,), "fp32")
+    given = {"target": 90, "scratch": True, **options}
+    initial = given.pop("initial", None)
+    return launches.calls(
+        Spec((batch, length, columns), dtype),
+        Spec((batch, length, heads * 64 + columns + heads), dtype), head, head, head,
+        Spec((batch,), "i32"), initial, groups, states, 0.0, 1e9, **given,
+    )
+
+
+@pytest.mark.parametrize("d_dtype", ["fp32", "16 bit"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_assembler_takes_it(together, dtype, d_dtype, tmp_path):
+    """No spills, and none of the remarks by which it says that products wait for each other."""
+    from triton import knobs
+
+    walk = hopper.Walk(24, 1, dtype, dtype if d_dtype == "16 bit" else d_dtype, together)
+    source = tmp_path / "kernel.ptx"
+    source.write_text(hopper.write(walk, "k"))
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", f"{source}.o"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 bytes spill stores" in done.stderr
+    assert not re.search(r"warning|C75\d\d|serializ", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "together"), [(1, 80, 1), (8, 80, 2), (8, 24, 2), (8, 16, 1), (3, 75, 1)]
+)
+def test_which_is_launched(batch, heads, together):
+    """One head a program where that fills the GPU or two would leave it idle; a group's heads
+    in pairs."""
+    steps, scan = calls(batch, heads=heads)
+    assert steps.kernel.name == "ssd_steps" and scan.kernel.name == "ssd_scan_hopper"
+    assert scan.tactic.blocks == {"HEADS": together} and scan.grid == (heads // together, 1)
+    compiled = compile_call(scan, 90)
+    assert compiled.block == 128 * (together + 1) and compiled.shared <= SHARED_LIMITS[90]
+    assert compiled.scratch == 256 and compiled.hidden == 1
+    for target in (89, 100):
+        with pytest.raises(DoesNotFit, match=r"compute capability 9\.0"):
+            compile_call(scan, target)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"scratch": False}, {"target": 100}, {"target": None}, {"dtype": "fp32"}, {"states": 64},
+     {"initial": Spec((1, 80, 64, 128), "fp32")},
+     {"tactics": {"ssd_scan": launches.SSD_SCAN.tactics[0]}}],
+    ids="-".join,
+)
+def test_where_triton_s_is_launched(other):
+    """What the PTX does not do, and where nobody passes scratch memory."""
+    assert [c.kernel.name for c in calls(segments=1, **other)] == ["ssd_steps", "ssd_scan"]
+
+
+def bits(tensor):
+    """A tensor as numpy: 16-bit floats as they are stored."""
+    return tensor.numpy() if tensor.element_size() > 2 else (
+        tensor.view(torch.int16).numpy().view(np.uint16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "pads", "together", "dtype", "d_dtype"),
+    [
+        (64, 2, 1, [0], 1, "fp16", "fp32"),
+        (130, 2, 1, [0], 2, "fp16", "fp16"),
+        (150, 4, 2, [37, 129], 2, "bf16", "bf16"),
+        (270, 2, 2, [64, 3], 1, "bf16", "fp32"),
+        (65, 2, 1, [65, 64], 2, "fp16", "fp32"),
+        (1, 2, 1, [0, 1], 1, "fp16", "fp32"),
+    ],
+)
+def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtype):
+    """Against float64: parts of chunks, padding of some, of whole chunks and of all; strong decay,
+    and every row written."""
+    random = torch.Generator().manual_seed(0)
+    batch, chunks = len(pads), math.ceil(length / 64)
+    columns = heads * 64 + 2 * groups * 128
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random)
+
+    xbc = normal(batch, length, columns).to(DTYPES[dtype])
+    packed = 2 * normal(batch, length, heads)
+    bias, a_log, d = normal(heads), 1 + normal(heads), normal(heads).to(DTYPES[d_dtype])
+    rows = torch.tensor(pads, dtype=torch.int32)
+    wide = [t.double() for t in (xbc, packed, bias, a_log, d)]
+    expected = ssd_scan_reference(*wide, rows, None, groups, 128, 64, 0.0, 1e9)
+
+    dt = F.softplus(wide[1] + wide[2])
+    dt = torch.where(torch.arange(length)[None, :, None] >= rows[:, None, None], dt, 0)
+    dt = F.pad(dt, (0, 0, 0, 64 * chunks - length)).view(batch, chunks, 64, heads)
+    run = (dt * -wide[3].exp() / math.log(2)).cumsum(2)
+    steps = torch.stack([dt, run], -1).permute(0, 3, 1, 2, 4).float().contiguous()
+
+    walk = hopper.Walk(heads, groups, dtype, d_dtype, together)
+    y = torch.full((batch, length, heads * 64), torch.nan, dtype=DTYPES[dtype])
+    state = torch.full((batch, heads, 64, 128), torch.nan)
+    grid = (heads // together, batch)
+    memory = GlobalMemory()
+    at = [memory.add(bits(t)) for t in (xbc, d, rows, steps, y, state)]
+    scratch = memory.add(np.zeros(math.prod(grid) * hopper.MAPS * 128, np.uint8))
+    arguments = (*at[:4], length, chunks, *at[4:], scratch, 0)
+    Machine(hopper.write(walk, "k"), grid, walk.shared, memory, arguments).run()
+    found = torch.from_numpy(to_float(bits(y), KINDS[dtype]).reshape(y.shape)), state
+    # Operands and y are rounded once each: a few times 2^-11 or 2^-8 over the root of 3.
+    limit = {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]
+    for got, want in zip(found, expected, strict=True):
+        assert (got.double() - want).norm() <= limit * want.norm()
