@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tokred_plugins.kernels import Call, Constant, Spec, cdiv
 
 Attribute = int | float | bool
+MULTIPROCESSORS = 132  # of an H100 and an H200
 Grid = tuple[int, int]
 
 
@@ -27,10 +28,12 @@ class Tuning:
         grid: (constants, extras and block sizes by name, the call's grid) -> the grid with these
             block sizes, or None where they do not suit the call. Left out where no block size
             shows in the grid.
+        programs: block sizes that say how many programs stay, for a GPU of ``MULTIPROCESSORS``.
     """
 
     free: tuple[str, ...]
     grid: Callable[[Mapping[str, Constant], Grid], Grid | None] = lambda sizes, grid: grid
+    programs: tuple[str, ...] = ()
 
 
 def row_grid(sizes: Mapping[str, int], now: Grid) -> Grid:

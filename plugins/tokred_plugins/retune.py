@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tokred_plugins.faces import Grid, Tuning
+from tokred_plugins.faces import MULTIPROCESSORS, Grid, Tuning
 from tokred_plugins.kernel_faces import TUNINGS
 from tokred_plugins.kernels import Call, Tactic
 
 
-def candidates(call: Call) -> tuple[Call, ...]:
+def candidates(call: Call, multiprocessors: int = MULTIPROCESSORS) -> tuple[Call, ...]:
     """The call itself, and the same with each other tactic of its kernel that can stand in for it.
+
+    Args:
+        call: as the graph has it.
+        multiprocessors: of the GPU, where programs stay on them.
 
     Raises:
         RuntimeError: what the op's ``tensorrt.py`` says about the grid is not how the kernel's
@@ -28,8 +32,19 @@ def candidates(call: Call) -> tuple[Call, ...]:
             f"{call.kernel.name} with {call.tactic} has the grid {call.grid}, and its tuning "
             f"makes it {expected}; tensorrt.py and kernel.py of the op disagree"
         )
-    others = (retune(call, tactic, tuning) for tactic in call.kernel.tactics)
+    tactics = (scaled(tactic, tuning, multiprocessors) for tactic in call.kernel.tactics)
+    others = (retune(call, tactic, tuning) for tactic in tactics)
     return (call, *(other for other in others if other is not None and other != call))
+
+
+def scaled(tactic: Tactic, tuning: Tuning, multiprocessors: int) -> Tactic:
+    """The tactic with as many programs that stay as suit the GPU, an even number: some go in
+    pairs."""
+    counts = {
+        name: tactic.blocks[name] * multiprocessors // MULTIPROCESSORS // 2 * 2
+        for name in tuning.programs
+    }
+    return replace(tactic, blocks={**tactic.blocks, **counts})
 
 
 def retune(call: Call, tactic: Tactic, tuning: Tuning) -> Call | None:

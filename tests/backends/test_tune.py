@@ -182,15 +182,25 @@ def test_tactics_of_a_machine_with_a_newer_driver(device, tmp_path, monkeypatch)
     assert found.tactic.since == 0 and found.tactic.num_warps == best.tactic.num_warps
 
 
-@pytest.mark.parametrize("other", ["compiler", "GPU"])
+@pytest.mark.parametrize("other", ["compiler", "GPU", "multiprocessors"])
 def test_tactics_are_of_one_compiler_and_gpu(device, tmp_path, monkeypatch, other):
     """What was found right with another is found anew."""
     file = tmp_path / "t.json"
-    tune.Tuner(90, file).best(product(700))
+    tune.Tuner(90, file, 132).best(product(700))
     if other == "compiler":
         monkeypatch.setattr("triton.__version__", "9.9.9")
-    tune.Tuner(89 if other == "GPU" else 90, file).best(product(700))
+    processors = 114 if other == "multiprocessors" else 132
+    tune.Tuner(89 if other == "GPU" else 90, file, processors).best(product(700))
     assert len(device) == 2 and len(json.loads(file.read_text())) == 2
+
+
+def test_programs_stay_on_the_multiprocessors_that_are_there(device):
+    """As many for each as on an H100, an even number."""
+    tuner = tune.Tuner(90, multiprocessors=115)
+    best = tuner.best(product(704))
+    assert best in candidates(product(704), 115)
+    staying = {grid[0] for grid, _, _ in device[-1].launched if grid[1:] == (1, 2)}
+    assert staying >= {114, 460} and not staying & {132, 528}
 
 
 def test_an_old_driver_has_no_descriptors(device, monkeypatch):

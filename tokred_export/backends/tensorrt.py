@@ -221,7 +221,7 @@ def _lower(
         return lower(source, target, form, sm, batch, multiprocessors=processors)
     from tokred_export.backends.tune import Tuner
 
-    tuner = Tuner(sm, timings.with_suffix(".tactics.json"))
+    tuner = Tuner(sm, timings.with_suffix(".tactics.json"), processors)
     try:
         return lower(source, target, form, sm, batch, tuner.best, processors)
     finally:
@@ -233,7 +233,7 @@ def _multiprocessors() -> int | None:
     try:
         device = Device()
     except EnvironmentUnable as error:  # TensorRT's own Python may be the only one that can
-        _log.warning("scans are split as for a large GPU, for this one cannot be asked: %s", error)
+        _log.warning("work is split as for a large GPU, for this one cannot be asked: %s", error)
         return None
     try:
         return device.multiprocessors

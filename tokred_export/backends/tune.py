@@ -20,6 +20,7 @@ from tokred_plugins.aot import (
     compile_call,
     compile_key,
 )
+from tokred_plugins.faces import MULTIPROCESSORS
 from tokred_plugins.kernels import Call, Spec
 from tokred_plugins.retune import candidates
 
@@ -42,10 +43,14 @@ class Tuner:
     Args:
         sm: compute capability of the GPU, times ten.
         file: results of earlier builds on this kind of GPU; None forgets them.
+        multiprocessors: of the GPU; None where that is not known.
     """
 
-    def __init__(self, sm: int, file: Path | None = None) -> None:
+    def __init__(
+        self, sm: int, file: Path | None = None, multiprocessors: int | None = None
+    ) -> None:
         self._sm, self._file = sm, file
+        self._multiprocessors = multiprocessors or MULTIPROCESSORS
         self._known: dict[str, str] = {}
         if file is not None and file.is_file():
             self._known = json.loads(file.read_text())
@@ -62,7 +67,8 @@ class Tuner:
         """
         if call.kernel.name not in MEASURED:
             return call
-        offered = {str(candidate.tactic): candidate for candidate in candidates(call)}
+        possible = candidates(call, self._multiprocessors)
+        offered = {str(candidate.tactic): candidate for candidate in possible}
         key = self._key(call)
         known = offered.get(self._known.get(key, ""))
         if known is None or not self._reads(known.tactic.since >= 90):
@@ -95,7 +101,8 @@ class Tuner:
 
         shapes = {name: (spec.shape, spec.dtype) for name, spec in call.outputs.items()}
         parts = (
-            call.kernel.name, call.kernel.code, triton.__version__, self._sm, dict(call.inputs),
+            call.kernel.name, call.kernel.code, triton.__version__, self._sm,
+            self._multiprocessors, dict(call.inputs),
             dict(call.extras), shapes, dict(call.constants),
         )
         return repr(parts)

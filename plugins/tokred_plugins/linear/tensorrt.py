@@ -36,7 +36,7 @@ BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 FACE = KernelFace(
     ("x", "weight"), ("y",), calls,
     {
-        "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS", "CLUSTER"), grid),
+        "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS", "CLUSTER"), grid, ("PROGRAMS",)),
         "linear_few": Tuning(BLOCKS, few_grid),
     },
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokred_plugins.aot import SHARED_LIMITS
+from tokred_plugins.faces import MULTIPROCESSORS
 from tokred_plugins.kernels import (
     PRECISION,
     Call,
@@ -26,9 +27,6 @@ from tokred_plugins.ssd_scan.parallel import (
     ssd_pass_kernel,
 )
 
-# Where the GPU is not known, a large one's: one program each with three stages of loads, two with
-# two.
-MULTIPROCESSORS = 132
 # Bytes of shared memory that tiles of 128 rows take.
 LARGE_TILES = 133_120
 

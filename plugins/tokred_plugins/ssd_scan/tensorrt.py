@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import Attribute, Grid, KernelFace, Tuning
+from tokred_plugins.faces import MULTIPROCESSORS, Attribute, Grid, KernelFace, Tuning
 from tokred_plugins.kernels import Call, Spec, cdiv
 
 
@@ -12,7 +12,7 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     """The launches for tensors of these shapes; the kernels have a chunk size of their own."""
     from tokred_plugins.ssd_scan import launches
 
-    known = attributes.get("multiprocessors", launches.MULTIPROCESSORS)
+    known = attributes.get("multiprocessors", MULTIPROCESSORS)
     return launches.calls(
         specs["xbc"], specs["zxbcdt"], specs["dt_bias"], specs["a_log"], specs["d"],
         specs["pads"], specs.get("initial_state"), int(attributes["n_groups"]),
