@@ -53,7 +53,7 @@ PRODUCTS = {"linear": 3, "linear_few": 2}
 class Untuned:
     """Takes every tactic as it is: there is nothing here to time it on."""
 
-    def __init__(self, sm, file):
+    def __init__(self, sm, file, multiprocessors):
         assert sm == 90 and file.name.endswith(".tactics.json")
 
     def best(self, call):
