@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tokred_plugins.kernels import Call, Spec
+from tokred_plugins.kernels import ANY, Call, Spec
 
 # Lowest PTX version that knows the target. A driver refuses newer PTX than its own, and those
 # of JetPack 6 and of the first CUDA 12 releases read 8.2.
@@ -126,9 +126,10 @@ def compile_call(call: Call, target: int, strip: bool = True) -> Compiled:
         raise ValueError(f"no kernels for compute capability {target / 10}; choose from {known}")
     since, until = call.tactic.since, call.tactic.until
     if not since <= target <= until:
+        last = " and later" if until == ANY else "" if until == since else f" to {until / 10}"
         raise DoesNotFit(
-            f"{call.kernel.name} with {call.tactic} is for compute capability {since / 10}"
-            + (" and later" if target < since else f" to {until / 10}") + f", not {target / 10}"
+            f"{call.kernel.name} with {call.tactic} is for compute capability {since / 10}{last}, "
+            f"not {target / 10}"
         )
     ptx, metadata = _to_ptx(call, target)
     limit = SHARED_LIMITS[target]

@@ -1,4 +1,4 @@
-"""On CUDA tensors the torch ops run their Triton kernels, once :func:`register` was called.
+"""On CUDA tensors the torch ops run their kernels, once :func:`register` was called.
 
 Importing this module needs no Triton; registering does.
 """
@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tokred_plugins.driver import reads_descriptors
 from tokred_plugins.faces import KernelFace
 from tokred_plugins.kernel_faces import FACES
 from tokred_plugins.kernels import run, spec_of
@@ -48,7 +49,7 @@ def _launcher(face: KernelFace, names: tuple[str, ...]) -> Callable:
         gpu = torch.cuda.get_device_properties(tensors[face.inputs[0]].device)
         given |= {
             "target": 10 * gpu.major + gpu.minor, "multiprocessors": gpu.multi_processor_count,
-            "scratch": True,
+            "scratch": reads_descriptors(),
         }
         made = run(face.calls(specs, given), tensors)
         results = tuple(made[name] for name in face.results)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tokred_plugins.aot import Compiled, compile_call, compile_key
+from tokred_plugins.aot import DESCRIPTORS_DRIVER, Compiled, compile_call, compile_key
 from tokred_plugins.kernels import Call
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -20,7 +20,8 @@ _loaded: dict[tuple[str, torch.device], tuple[Compiled, ctypes.c_void_p]] = {}
 
 
 def launch_ptx(call: Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Put one launch on torch's current stream; it may be captured into a graph.
+    """Put one launch on torch's current stream; after the first, which loads the code, it may be
+    captured into a graph.
 
     Args:
         call: of a kernel whose tactic is PTX.
@@ -28,7 +29,7 @@ def launch_ptx(call: Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) 
         outputs: in the kernel's order.
 
     Raises:
-        ValueError: tensors that are not on a GPU.
+        ValueError: tensors that are not all on one GPU, or begin at no multiple of 16 bytes.
         DoesNotFit: code for another GPU.
         RuntimeError: the driver refuses the code or the launch.
     """
@@ -38,6 +39,13 @@ def launch_ptx(call: Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) 
             f"{call.kernel.name} with {call.tactic} is PTX and runs on a GPU alone; the tensors "
             f"are on {device}"
         )
+    for x in (*inputs, *outputs):
+        if x.device != device or x.data_ptr() % 16:
+            raise ValueError(
+                f"{call.kernel.name} takes tensors on {device} that begin at a multiple of 16 "
+                f"bytes, found one on {x.device} at {x.data_ptr():#x}"
+            )
+    _bind(device)
     compiled, function = _load(call, device)
     batch = inputs[0].shape[0]
     grid = (*call.grid, batch)
@@ -48,11 +56,10 @@ def launch_ptx(call: Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) 
     values = [*pointers[: len(inputs)], *extras, *pointers[len(inputs) :]]
     arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    with torch.cuda.device(device):
-        _checked(
-            "cuLaunchKernel", function, *grid, compiled.block, 1, 1, compiled.shared, stream,
-            arguments, None,
-        )
+    _checked(
+        "cuLaunchKernel", function, *grid, compiled.block, 1, 1, compiled.shared, stream,
+        arguments, None,
+    )
 
 
 def _load(call: Call, device: torch.device) -> tuple[Compiled, ctypes.c_void_p]:
@@ -62,14 +69,37 @@ def _load(call: Call, device: torch.device) -> tuple[Compiled, ctypes.c_void_p]:
         major, minor = torch.cuda.get_device_capability(device)
         compiled = compile_call(call, 10 * major + minor)
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        with torch.cuda.device(device):
-            torch.cuda.current_stream(device)  # the context is there
-            _checked("cuModuleLoadData", ctypes.byref(module), compiled.ptx.encode())
-            entry = compiled.entry.encode()
-            _checked("cuModuleGetFunction", ctypes.byref(function), module, entry)
-            _checked("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, compiled.shared)
+        _checked("cuModuleLoadData", ctypes.byref(module), compiled.ptx.encode())
+        _checked(
+            "cuModuleGetFunction", ctypes.byref(function), module, compiled.entry.encode()
+        )
+        _checked("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, compiled.shared)
         _loaded[key] = compiled, function
     return _loaded[key]
+
+
+@cache
+def reads_descriptors() -> bool:
+    """Whether the driver reads the PTX of kernels that make tensor descriptors.
+
+    Raises:
+        OSError: there is no driver.
+    """
+    version = ctypes.c_int()
+    _checked("cuDriverGetVersion", ctypes.byref(version))
+    return version.value >= DESCRIPTORS_DRIVER
+
+
+def _bind(device: torch.device) -> None:
+    """Make the device's primary context, which is torch's, this thread's."""
+    _checked("cuCtxSetCurrent", _context(device.index))
+
+
+@cache
+def _context(index: int) -> ctypes.c_void_p:
+    context = ctypes.c_void_p()
+    _checked("cuDevicePrimaryCtxRetain", ctypes.byref(context), index)
+    return context
 
 
 @cache
@@ -80,4 +110,7 @@ def _driver() -> ctypes.CDLL:
 def _checked(name: str, *arguments: object) -> None:
     status = getattr(_driver(), name)(*arguments)
     if status:
-        raise RuntimeError(f"the CUDA driver refuses {name}: error {status}")
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorName(status, ctypes.byref(text))
+        said = (text.value or b"an unknown error").decode()
+        raise RuntimeError(f"the CUDA driver refuses {name}: {said} ({status})")

@@ -3,7 +3,8 @@
 A :class:`Kernel` has its parameters in the order that TensorRT's quick plugins fix: input
 pointers, int32 extras, output pointers. What a graph decides for good (row strides, sizes of a
 row, epsilon) is a compile-time constant; token counts are extras, so that layers of different
-length share one compiled kernel. Nothing else is passed: no float scalars, no workspace.
+length share one compiled kernel. Nothing else is passed, no float scalars; but kernels that make
+tensor descriptors are handed scratch memory for them.
 An intermediate between two kernels is an output of the first and an input of the second.
 
 A :class:`Call` is a kernel with all of that decided for given shapes. The same calls are
@@ -41,6 +42,9 @@ class Spec:
     dtype: str
 
 
+ANY = 999  # above every compute capability
+
+
 @dataclass(frozen=True)
 class Tactic:
     """One way to run a kernel: block sizes and launch options, with the same result.
@@ -58,7 +62,7 @@ class Tactic:
     num_warps: int
     num_stages: int = 1
     since: int = 0
-    until: int = 999
+    until: int = ANY
     ptx: bool = False
 
     def __str__(self) -> str:
@@ -94,7 +98,7 @@ class Kernel:
         inputs: pointers read; the first has the batch as its first dimension.
         extras: int32 scalars.
         outputs: pointers written, every element of them.
-        tactics: candidates; the first suits 16-bit tensors of every shape.
+        tactics: candidates; the first suits 16-bit tensors of every shape that the kernel takes.
         write: the code of a call whose tactic is PTX.
     """
 

@@ -41,8 +41,8 @@ def scaled(tactic: Tactic, tuning: Tuning, multiprocessors: int) -> Tactic:
     """The tactic with as many programs that stay as suit the GPU, an even number: some go in
     pairs."""
     counts = {
-        name: tactic.blocks[name] * multiprocessors // MULTIPROCESSORS // 2 * 2
-        for name in tuning.programs
+        name: max(tactic.blocks[name] * multiprocessors // MULTIPROCESSORS // 2 * 2, 2)
+        for name in tuning.programs if tactic.blocks[name]
     }
     return replace(tactic, blocks={**tactic.blocks, **counts})
 

@@ -182,7 +182,7 @@ def test_tactics_of_a_machine_with_a_newer_driver(device, tmp_path, monkeypatch)
     assert found.tactic.since == 0 and found.tactic.num_warps == best.tactic.num_warps
 
 
-@pytest.mark.parametrize("other", ["compiler", "GPU", "multiprocessors"])
+@pytest.mark.parametrize("other", ["compiler", "GPU", "multiprocessors", "driver"])
 def test_tactics_are_of_one_compiler_and_gpu(device, tmp_path, monkeypatch, other):
     """What was found right with another is found anew."""
     file = tmp_path / "t.json"
@@ -190,7 +190,8 @@ def test_tactics_are_of_one_compiler_and_gpu(device, tmp_path, monkeypatch, othe
     if other == "compiler":
         monkeypatch.setattr("triton.__version__", "9.9.9")
     processors = 114 if other == "multiprocessors" else 132
-    tune.Tuner(89 if other == "GPU" else 90, file, processors).best(product(700))
+    driver = 13010 if other == "driver" else None
+    tune.Tuner(89 if other == "GPU" else 90, file, processors, driver).best(product(700))
     assert len(device) == 2 and len(json.loads(file.read_text())) == 2
 
 

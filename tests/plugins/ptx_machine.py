@@ -3,8 +3,10 @@
 It knows the instructions that they use, as the PTX ISA 8.6 describes them: layouts of ``wgmma``,
 ``ldmatrix`` and ``stmatrix``, tensor maps and their patterns, barriers with transactions, named
 barriers, clusters. It is strict where hardware may be lucky: a product reads its operands and
-writes its sums only when it is waited for, and a store of the tensor memory accelerator reads only
-when it is waited for, so that what comes too early shows in the result.
+writes its sums only when it is waited for, a store of the tensor memory accelerator reads only when
+it is waited for, and a load arrives only when nobody can go on without it; warps run in either
+order. What comes too early shows in the result. Fences are not part of it: everybody sees every
+write at once.
 """
 
 from __future__ import annotations
@@ -116,7 +118,6 @@ class Block:
         self.shared = np.full(machine.shared, 0xA5, np.uint8)  # nobody may rely on zeros
         self.barriers: dict[int, Barrier] = {}
         self.maps: dict[int, dict[str, object]] = {}
-        self.named: dict[int, int] = {}
         self.warps = [Warp(self, i) for i in range(warps)]
         self.groups = [self.warps[i : i + 4] for i in range(0, warps, 4)]
         self.cluster: list[Block] = [self]
@@ -521,8 +522,12 @@ def bulk(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
         target, source, size, barrier = (
             int((warp.address(o) if o.startswith("[") else warp.get(o))[lane]) for o in ops
         )
-        block.view(target, size)[:] = block.machine.memory.bytes_at(source, size)
-        block.barriers[barrier].step(size=-size)
+
+        def arrive() -> None:
+            block.view(target, size)[:] = block.machine.memory.bytes_at(source, size)
+            block.barriers[barrier].step(size=-size)
+
+        block.machine.loads.append(arrive)
         return
     map_register, column, row = re.search(
         r"\[(\w+), \{(\w+), (\w+)\}\]", next(o for o in ops if "{" in o)
@@ -545,10 +550,14 @@ def bulk(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
     targets = block.cluster if ".multicast" in name else [block]
     if ".multicast" in name:
         assert int(warp.get(ops[3])[lane]) == (1 << len(targets)) - 1
-    for target in targets:
-        for place, at in matrix.places(column, row, shared):
-            target.view(at, 16)[:] = 0 if place is None else place
-        target.barriers[barrier].step(size=-2 * matrix.box[0] * matrix.box[1])
+
+    def deliver() -> None:
+        for target in targets:
+            for place, at in matrix.places(column, row, shared):
+                target.view(at, 16)[:] = 0 if place is None else place
+            target.barriers[barrier].step(size=-2 * matrix.box[0] * matrix.box[1])
+
+    block.machine.loads.append(deliver)
 
 
 def leave(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
@@ -578,12 +587,14 @@ class Machine:
         shared: bytes of dynamic shared memory.
         memory: what addresses among the arguments mean.
         arguments: of the entry, in order.
+        backwards: the last warp of the last block goes first.
     """
 
     def __init__(
         self, ptx: str, grid: tuple[int, int], shared: int, memory: GlobalMemory,
-        arguments: Sequence[int],
+        arguments: Sequence[int], backwards: bool = False,
     ) -> None:
+        self.backwards, self.loads = backwards, []
         self.lines, self.labels = parse(ptx)
         self.grid, self.shared, self.memory = grid, shared, memory
         self.maps: dict[int, dict] = {}
@@ -609,8 +620,9 @@ class Machine:
         idle = 0
         while not all(w.done for b in blocks for w in b.warps):
             before = [(w.pc.copy(), w.waiting) for b in blocks for w in b.warps]
-            for block in blocks:
-                for warp in block.warps:
+            order = -1 if self.backwards else 1
+            for block in blocks[::order]:
+                for warp in block.warps[::order]:
                     warp.run()
                 self.release(block)
             if all(w.done or w.waiting == "cluster" for b in blocks for w in b.warps):
@@ -622,11 +634,15 @@ class Machine:
                 for (old, waited), (new, waits) in zip(before, after, strict=True)
             )
             idle = idle + 1 if same else 0
+            if idle > 1 and self.loads:
+                self.loads.pop(0)()
+                idle = 0
             assert idle < PATIENCE, "all wait for each other"
         for block in blocks:
             for warp in block.warps:
                 assert not warp.open_stores and not warp.stores, "a block ends before its stores"
                 assert not warp.open, "products of no group"
+        assert not self.loads, "loads that nobody waited for"
 
     def release(self, block: Block) -> None:
         """Let warps go on whose barrier all have reached."""

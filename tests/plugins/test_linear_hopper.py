@@ -66,7 +66,7 @@ def test_what_is_launched(tactic):
     assert (f".reqnctapercluster {cluster}, 1, 1" in compiled.ptx) == (cluster > 1)
     assert call.grid[0] % cluster == 0
     for target in (89, 100, 120):
-        with pytest.raises(DoesNotFit, match="compute capability 9"):
+        with pytest.raises(DoesNotFit, match=r"compute capability 9\.0, not"):
             compile_call(call, target)
 
 
@@ -80,6 +80,50 @@ def test_only_on_a_gpu():
     without = replace(linear.LINEAR, write=None)
     assert linear.LINEAR.code != without.code
     assert len({compile_key(call_with(t)) for t in TACTICS}) == len(TACTICS)
+
+
+def fenced(code):
+    """What no machine without caches can tell: that the accelerator and the tensor cores see what
+    threads wrote, and tensor maps are fetched anew."""
+    lines = [line.strip() for line in code.splitlines()]
+    pending = False
+    for line in lines:
+        pending = pending or line.startswith("stmatrix")
+        if line.startswith("fence.proxy.async.shared::cta"):
+            pending = False
+        assert not (pending and line.startswith("bar.sync"))
+    maps = {line.split("[")[1].split("]")[0] for line in lines if "cp_fenceproxy" in line}
+    first = next(i for i, line in enumerate(lines) if ".tile" in line and "cp.async.bulk" in line)
+    got = {line.split("[")[1].split("]")[0] for line in lines[:first]
+           if line.startswith("fence.proxy.tensormap::generic.acquire.gpu")}
+    assert got == maps and "fence.mbarrier_init.release.cluster;" in lines[:first]
+    ready = False  # registers that threads wrote are fenced before a product takes them
+    for line in lines:
+        if line.startswith("wgmma.fence"):
+            ready = True
+        elif line.startswith(("mov.f32 sum", "mul.f32 sum", "fma.rn.f32 sum", "mov.f32 score")):
+            ready = False
+        assert ready or "mma_async" not in line
+
+
+@pytest.mark.parametrize("tactic", TACTICS, ids=str)
+def test_fences(tactic):
+    """Before what threads wrote is read by others than threads."""
+    fenced(compile_call(call_with(tactic), 90).ptx)
+
+
+def test_types_of_operands():
+    """x and the weight are of one type."""
+    with pytest.raises(ValueError, match="x is fp16 and the weight fp32"):
+        linear.calls(Spec((1, 64, 64), "fp16"), Spec((128, 64), "fp32"), turned=True)
+
+
+def test_clusters_are_whole():
+    """An odd number of programs would leave a block without its other half."""
+    call = call_with(TACTICS[0])
+    tactic = replace(TACTICS[0], blocks={**TACTICS[0].blocks, "PROGRAMS": 131})
+    with pytest.raises(ValueError, match="131 programs are no clusters of 2"):
+        compile_call(replace(call, tactic=tactic), 90)
 
 
 def test_weights_stored_the_other_way():
@@ -120,12 +164,14 @@ def test_every_tile_once(rows, columns, block_n, groups, high, blocks, tall):
         ((1, 100, 264, 72), (192, 2, 1, 4), 1, 2, "fp16"),
         ((2, 150, 328, 200), (160, 2, 2, 4), 1, 4, "bf16"),
         ((1, 300, 264, 136), (256, 2, 1, 4), 2, 2, "fp16"),
+        # An odd number of pieces of results: the last of a tile and the first of the next share.
         ((3, 70, 232, 64), (224, 1, 1, 2), 2, 4, "bf16"),
         ((1, 129, 200, 328), (96, 2, 2, 3), 1, 1, "fp16"),
         ((1, 7, 8, 8), (192, 1, 2, 2), 1, 3, "fp16"),
     ],
 )
-def test_run_by_the_machine(shape, tile, blocks, programs, dtype):
+@pytest.mark.parametrize("backwards", [False, True], ids=["", "backwards"])
+def test_run_by_the_machine(shape, tile, blocks, programs, dtype, backwards):
     """Whole tiles and parts of them, more stages than steps and fewer, more blocks than tiles and
     fewer; nothing is written that should not be."""
     batch, length, columns, inner = shape
@@ -140,7 +186,8 @@ def test_run_by_the_machine(shape, tile, blocks, programs, dtype):
     memory = GlobalMemory()
     at = [memory.add(array) for array in (x, weight, y, scratch)]
     arguments = (at[0], at[1], length, at[2], at[3], 0)
-    Machine(hopper.write(made, "k"), (programs, batch), made.shared, memory, arguments).run()
+    code = hopper.write(made, "k")
+    Machine(code, (programs, batch), made.shared, memory, arguments, backwards).run()
     expected = to_float(x, kind).astype(float) @ to_float(weight, kind).astype(float).T
     error = np.linalg.norm(to_float(y, kind) - expected) / np.linalg.norm(expected)
     assert error < {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]

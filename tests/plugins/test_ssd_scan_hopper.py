@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ptx_machine import GlobalMemory, Machine, to_float
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from test_linear_hopper import fenced
 from tokred_plugins.aot import SHARED_LIMITS, DoesNotFit, compile_call
 from tokred_plugins.kernels import Spec
 from tokred_plugins.ssd_scan import hopper, launches
@@ -69,8 +71,22 @@ def test_which_is_launched(batch, heads, together):
     assert compiled.block == 128 * (together + 1) and compiled.shared <= SHARED_LIMITS[90]
     assert compiled.scratch == 256 and compiled.hidden == 1
     for target in (89, 100):
-        with pytest.raises(DoesNotFit, match=r"compute capability 9\.0"):
+        with pytest.raises(DoesNotFit, match=r"compute capability 9\.0, not"):
             compile_call(scan, target)
+
+
+def test_heads_of_a_group():
+    """A tactic asked for that would take heads of two groups is not taken, nor compiled."""
+    asked = {"ssd_scan_hopper": launches.SSD_SCAN_HOPPER.tactics[1]}
+    _, scan = calls(heads=75, tactics=asked)
+    assert scan.tactic.blocks == {"HEADS": 1} and scan.grid == (75, 1)
+    with pytest.raises(ValueError, match="2 heads walked together do not divide a group of 75"):
+        compile_call(replace(scan, tactic=asked["ssd_scan_hopper"]), 90)
+
+
+def test_fences():
+    """Before what threads wrote is read by others than threads."""
+    fenced(hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2), "k"))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +119,8 @@ def bits(tensor):
         (1, 2, 1, [0, 1], 1, "fp16", "fp32"),
     ],
 )
-def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtype):
+@pytest.mark.parametrize("backwards", [False, True], ids=["", "backwards"])
+def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtype, backwards):
     """Against float64: parts of chunks, padding of some, of whole chunks and of all; strong decay,
     and every row written."""
     random = torch.Generator().manual_seed(0)
@@ -134,7 +151,7 @@ def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtyp
     at = [memory.add(bits(t)) for t in (xbc, d, rows, steps, y, state)]
     scratch = memory.add(np.zeros(math.prod(grid) * hopper.MAPS * 128, np.uint8))
     arguments = (*at[:4], length, chunks, *at[4:], scratch, 0)
-    Machine(hopper.write(walk, "k"), grid, walk.shared, memory, arguments).run()
+    Machine(hopper.write(walk, "k"), grid, walk.shared, memory, arguments, backwards).run()
     found = torch.from_numpy(to_float(bits(y), KINDS[dtype]).reshape(y.shape)), state
     # Operands and y are rounded once each: a few times 2^-11 or 2^-8 over the root of 3.
     limit = {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from tokred_plugins.aot import PTX_VERSIONS
+from tokred_plugins.aot import DESCRIPTORS_DRIVER, PTX_VERSIONS
 
 from tokred_export.backends.common import (
     Availability,
@@ -216,27 +216,32 @@ def _lower(
     """
     from tokred_export.export.lower import lower
 
-    processors = _multiprocessors()
+    processors, driver = _asked()
     if form == "quick":  # TensorRT tunes these itself
         return lower(source, target, form, sm, batch, multiprocessors=processors)
     from tokred_export.backends.tune import Tuner
 
-    tuner = Tuner(sm, timings.with_suffix(".tactics.json"), processors)
+    tuner = Tuner(sm, timings.with_suffix(".tactics.json"), processors, driver)
+    descriptors = driver is not None and driver >= DESCRIPTORS_DRIVER
     try:
-        return lower(source, target, form, sm, batch, tuner.best, processors)
+        return lower(source, target, form, sm, batch, tuner.best, processors, descriptors)
     finally:
         tuner.close()
 
 
-def _multiprocessors() -> int | None:
-    """Of the GPU; None, said in the log, where this Python cannot ask it."""
+def _asked() -> tuple[int, int] | tuple[None, None]:
+    """The GPU's multiprocessors, and the CUDA version of its driver (12070 is 12.7); None, said in
+    the log, where this Python cannot ask."""
     try:
         device = Device()
     except EnvironmentUnable as error:  # TensorRT's own Python may be the only one that can
-        _log.warning("work is split as for a large GPU, for this one cannot be asked: %s", error)
-        return None
+        _log.warning(
+            "work is split as for a large GPU and an older driver, for these cannot be asked: %s",
+            error,
+        )
+        return None, None
     try:
-        return device.multiprocessors
+        return device.multiprocessors, device.cuda_version
     finally:
         device.destroy_stream()
 

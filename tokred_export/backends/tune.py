@@ -44,12 +44,14 @@ class Tuner:
         sm: compute capability of the GPU, times ten.
         file: results of earlier builds on this kind of GPU; None forgets them.
         multiprocessors: of the GPU; None where that is not known.
+        driver: the CUDA version of the driver, whose compiler takes part; None likewise.
     """
 
     def __init__(
-        self, sm: int, file: Path | None = None, multiprocessors: int | None = None
+        self, sm: int, file: Path | None = None, multiprocessors: int | None = None,
+        driver: int | None = None,
     ) -> None:
-        self._sm, self._file = sm, file
+        self._sm, self._file, self._driver = sm, file, driver
         self._multiprocessors = multiprocessors or MULTIPROCESSORS
         self._known: dict[str, str] = {}
         if file is not None and file.is_file():
@@ -102,7 +104,7 @@ class Tuner:
         shapes = {name: (spec.shape, spec.dtype) for name, spec in call.outputs.items()}
         parts = (
             call.kernel.name, call.kernel.code, triton.__version__, self._sm,
-            self._multiprocessors, dict(call.inputs),
+            self._multiprocessors, self._driver, dict(call.inputs),
             dict(call.extras), shapes, dict(call.constants),
         )
         return repr(parts)

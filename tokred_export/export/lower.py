@@ -49,7 +49,7 @@ WriteNode = Callable[[Call, list[ir.Value], list[ir.Value]], ir.Node]
 
 def lower(
     source: Path, target: Path, form: Form, sm: int, batch: int = 1, tune: Tune | None = None,
-    multiprocessors: int | None = None,
+    multiprocessors: int | None = None, descriptors: bool = False,
 ) -> Counter[str]:
     """Write the kernel-level form of an exported ONNX file.
 
@@ -64,6 +64,8 @@ def lower(
         tune: gives a call with its best tactic ("launcher"); None takes each kernel's default,
             or the first tactic that fits the GPU.
         multiprocessors: how many the GPU has, for splits over it; None for a large one.
+        descriptors: the driver reads the PTX of kernels that make tensor descriptors in scratch
+            memory ("launcher"); those that are ``tune``'s to choose do not depend on it.
 
     Returns:
         How many nodes of each kernel the file holds.
@@ -78,7 +80,7 @@ def lower(
     counts: Counter[str] = Counter()
     write = _quick_node if form == "quick" else _Launcher(sm, tune)
     scored = _scored_norms(model.graph)
-    gpu = {"target": sm, "scratch": form == "launcher"}
+    gpu = {"target": sm, "scratch": descriptors and form == "launcher"}
     gpu |= {"multiprocessors": multiprocessors} if multiprocessors else {}
     for node in list(model.graph):
         if node.domain == DOMAIN and node not in scored.values():

@@ -177,7 +177,7 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
         records.append(entry)
         show(entry)
 
-    calls = case.launches()
+    calls = launches(case)
     record(calls, "*", "; ".join(f"{c.kernel.name} {c.tactic}" for c in calls), None)
     if len(calls) > 1:
         for call in calls:
@@ -185,7 +185,7 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
     if all_tactics:
         for kernel, tactic, segments in variants(case):
             options = {} if segments is None else {"segments": segments}
-            calls = case.launches({kernel: tactic}, **options)
+            calls = launches(case, {kernel: tactic}, **options)
             # Its chunk decides the others.
             whole = kernel in ("ssd_scan", "ssd_scan_hopper", "ssd_chunk_scan")
             record(calls, kernel, str(tactic), None if whole else kernel, **options)
@@ -194,16 +194,24 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
     return records
 
 
+def launches(case: Case, tactics: dict | None = None, **options: int) -> tuple:
+    """The calls as engines have them, kernels that want scratch memory among them."""
+    scratch = {"scratch": True} if case.op == "ssd_scan" else {}
+    return case.launches(tactics, **{**scratch, **options})
+
+
 def variants(case: Case) -> list[tuple[str, Tactic, int | None]]:
-    """Every kernel with every tactic; the scan both ways."""
+    """Every kernel with every tactic; the scan all ways."""
     if case.op != "ssd_scan":
         return [(c.kernel.name, t, None) for c in case.launches() for t in c.kernel.tactics]
-    return [
+    ways = ((1, {}), (1, {"scratch": False}), (2, {}))
+    found = [
         (call.kernel.name, tactic, segments)
-        for segments, options in ((1, {}), (1, {"scratch": False}), (2, {}))
-        for call in case.launches(segments=segments, **options)[-1 if options else 0 :]
+        for segments, options in ways
+        for call in launches(case, segments=segments, **options)
         for tactic in call.kernel.tactics
     ]
+    return [one for i, one in enumerate(found) if one not in found[:i]]
 
 
 def mamba_scan(case: Case, prepared: Prepared, label: dict, floor: float) -> list[dict]:
@@ -285,11 +293,11 @@ def compile_one(job: tuple) -> None:
     case = next(iter(cases(MODELS[model], batch, length, dtype, {op})))
     given = torch_dtypes()
     if index is None:
-        calls = case.launches()
+        calls = launches(case)
     else:
         kernel, tactic, segments = variants(case)[index]
-        calls = case.launches({kernel: tactic}, **({} if segments is None else
-                                                   {"segments": segments}))
+        calls = launches(case, {kernel: tactic}, **({} if segments is None else
+                                                    {"segments": segments}))
     for call in calls:
         if call.tactic.ptx:
             continue

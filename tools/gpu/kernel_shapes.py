@@ -164,8 +164,7 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
         "ssd_scan",
         {"xbc": x(batch, length, m.channels), "zxbcdt": packed, "dt_bias": wide(m.heads),
          "a_log": wide(m.heads), "d": wide(m.heads), "pads": pads, "initial_state": None},
-        (1, m.states, 256, 0.0, NO_LIMIT),
-        partial(scan.calls, target=this_gpu(), scratch=True), ("y", "state"),
+        (1, m.states, 256, 0.0, NO_LIMIT), partial(scan.calls, target=this_gpu()), ("y", "state"),
         operations=rows * (per_token + 2.0 * chunk * m.states),
         needed=rows * (m.channels + m.heads) * two,
     )

@@ -104,9 +104,15 @@ class Product:
 
 
 def written(call: Call) -> Written:
-    """The code of a launch of ``linear`` with clusters."""
+    """The code of a launch of ``linear`` with clusters.
+
+    Raises:
+        ValueError: programs that are no whole clusters.
+    """
     blocks, cluster = call.tactic.blocks, call.tactic.blocks["CLUSTER"]
     groups = call.tactic.num_warps // 4 - 1
+    if blocks["PROGRAMS"] < cluster or blocks["PROGRAMS"] % cluster:
+        raise ValueError(f"{blocks['PROGRAMS']} programs are no clusters of {cluster}")
     product = Product(
         inner=int(call.constants["K"]), columns=int(call.constants["N"]), dtype=call.inputs["x"],
         block_n=blocks["BLOCK_N"], groups=groups, high=blocks["BLOCK_M"] // (ROWS * groups),
@@ -266,7 +272,8 @@ def _multiply(product: Product, group: int) -> Iterator[str]:
     yield f"setmaxnreg.inc.sync.aligned.u32 {ptx.many_registers(product.groups)};"
     yield "and.b32 thread, thread, 127;"
     yield "setp.eq.u32 leads, thread, 0;"
-    yield f"setp.lt.u32 signals, thread, {product.blocks};"
+    if product.blocks > 1:
+        yield f"setp.lt.u32 signals, thread, {product.blocks};"
     yield "setp.eq.u32 always, zero, 0;"
     # Where this thread's eight numbers of a row go in a piece of results: which row as stmatrix
     # takes them, which place in the row as the accelerator's pattern scatters them.

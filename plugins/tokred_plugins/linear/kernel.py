@@ -1,4 +1,5 @@
-"""The Triton kernels of matrix products with a constant: 16-bit operands, float32 sums.
+"""The kernels of matrix products with a constant: 16-bit operands, float32 sums. By Triton; for
+compute capability 9.0 also in PTX, which :mod:`tokred_plugins.linear.hopper` writes.
 
 No op of its own: :mod:`tokred_export.export.lower` puts them in the place of MatMul nodes, for
 TensorRT 8's own 16-bit products sum in float16.
@@ -226,6 +227,8 @@ def calls(
     """
     batch, length, inner = x.shape
     kept, columns = reversed(weight.shape) if turned else weight.shape
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}, expected the same")
     if kept != inner or (flat and length != 1):
         raise ValueError(f"x {x.shape} cannot be multiplied with a weight {weight.shape}")
     shape = (batch, columns) if flat else (batch, length, columns)

@@ -88,11 +88,18 @@ class Walk:
 
 
 def written(call: Call) -> Written:
-    """The code of a launch of ``ssd_scan_hopper``."""
-    constants = call.constants
+    """The code of a launch of ``ssd_scan_hopper``.
+
+    Raises:
+        ValueError: heads walked together that are not of one group.
+    """
+    constants, together = call.constants, call.tactic.blocks["HEADS"]
+    of_group = int(constants["H"]) // int(constants["G"])
+    if of_group % together:
+        raise ValueError(f"{together} heads walked together do not divide a group of {of_group}")
     walk = Walk(
         int(constants["H"]), int(constants["G"]), call.inputs["xbc"], call.inputs["d"],
-        call.tactic.blocks["HEADS"],
+        together,
     )
     name = call.kernel.name
     return Written(write(walk, name), name, walk.shared, MAPS * ptx.MAP_BYTES)
@@ -117,8 +124,8 @@ def write(walk: Walk, name: str) -> str:
 
 def _registers() -> Iterator[str]:
     yield from ptx.common_registers()
-    yield ".reg .b32 length, chunks, chunk, batch, pad, first, rows, head, group, warp, held, mine;"
-    yield ".reg .b32 to<4>, x_across, x_along, x_at, steps_at, copy, out, low, high;"
+    yield ".reg .b32 length, chunks, chunk, batch, pad, first, rows, head, group, warp, held;"
+    yield ".reg .b32 to<4>, x_across, x_at, steps_at, copy, out;"
     yield ".reg .b64 xbc, d, pads, steps, y, state, scratch, map_x, map_y, from, offset;"
     yield ".reg .b64 desc_c, desc_b, desc_h, desc_x, desc_n;"
     yield ".reg .b32 weighted<16>, mixed<16>, two<4>;"
@@ -266,8 +273,8 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
 def _places() -> Iterator[str]:
     """Where this thread's rows of eight numbers are in a tile, scattered over its banks.
 
-    ``to`` for results and states by stmatrix, from the tile's address; ``x_along`` for x as sums
-    hold it, ``x_across`` for x turned, as left operands hold it.
+    ``to`` for results and states by stmatrix, and x as sums hold it, from the tile's address;
+    ``x_across`` for x turned, as left operands hold it.
     """
     # to<i>: row 16 warp + lane % 16, places 2 i + lane / 16, changed by row % 8.
     yield "shl.b32 t, warp, 4;"

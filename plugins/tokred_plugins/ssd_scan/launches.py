@@ -204,6 +204,8 @@ def _walk(
     if together:
         kernel, chunk = SSD_SCAN_HOPPER, hopper.CHUNK
         scan = choose(kernel, tactics, kernel.tactics[together - 1])
+        if (s.heads // s.groups) % scan.blocks["HEADS"]:
+            scan = kernel.tactics[0]
     chunks = cdiv(s.length, chunk)
     extras = {"length": s.length, "chunks": chunks}
     steps = choose(SSD_STEPS, tactics, SSD_STEPS.tactics[0])
