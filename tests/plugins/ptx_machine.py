@@ -4,8 +4,8 @@ It knows the instructions that they use, as the PTX ISA 8.6 describes them: layo
 ``ldmatrix`` and ``stmatrix``, tensor maps and their patterns, barriers with transactions, named
 barriers, clusters. It is strict where hardware may be lucky: a product reads its operands and
 writes its sums only when it is waited for, a store of the tensor memory accelerator reads only when
-it is waited for, and a load arrives only when nobody can go on without it; warps run in either
-order. What comes too early shows in the result. Fences are not part of it: everybody sees every
+it is waited for, and a load arrives only when nobody can go on without it; warps run in several
+orders. What comes too early shows in the result. Fences are not part of it: everybody sees every
 write at once.
 """
 
@@ -21,6 +21,7 @@ LANES = np.arange(32)
 SHARED_AT = 4096  # where dynamic shared memory begins
 CTA_AT = 1 << 24  # the block of a cluster in a shared address
 WORD = np.uint64(0xFFFFFFFF)
+ORDERS = ("forwards", "backwards", "starved")
 PATIENCE = 100  # turns in which all warps stay where they are: loops end, waits do not
 
 
@@ -587,14 +588,15 @@ class Machine:
         shared: bytes of dynamic shared memory.
         memory: what addresses among the arguments mean.
         arguments: of the entry, in order.
-        backwards: the last warp of the last block goes first.
+        order: in which warps go on, one of ``ORDERS``: the first first, the last first, or the
+            first of all, which prepares for the others, only when no other can.
     """
 
     def __init__(
         self, ptx: str, grid: tuple[int, int], shared: int, memory: GlobalMemory,
-        arguments: Sequence[int], backwards: bool = False,
+        arguments: Sequence[int], order: str = "forwards",
     ) -> None:
-        self.backwards, self.loads = backwards, []
+        self.order, self.loads = order, []
         self.lines, self.labels = parse(ptx)
         self.grid, self.shared, self.memory = grid, shared, memory
         self.maps: dict[int, dict] = {}
@@ -620,10 +622,12 @@ class Machine:
         idle = 0
         while not all(w.done for b in blocks for w in b.warps):
             before = [(w.pc.copy(), w.waiting) for b in blocks for w in b.warps]
-            order = -1 if self.backwards else 1
-            for block in blocks[::order]:
-                for warp in block.warps[::order]:
-                    warp.run()
+            step = -1 if self.order == "backwards" else 1
+            starved = blocks[0].warps[0] if self.order == "starved" and idle < 2 else None
+            for block in blocks[::step]:
+                for warp in block.warps[::step]:
+                    if warp is not starved:
+                        warp.run()
                 self.release(block)
             if all(w.done or w.waiting == "cluster" for b in blocks for w in b.warps):
                 for warp in (w for b in blocks for w in b.warps):

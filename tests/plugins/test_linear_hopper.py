@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptx_machine import GlobalMemory, Machine, integers, to_bits, to_float
+from ptx_machine import ORDERS, GlobalMemory, Machine, integers, to_bits, to_float
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -170,8 +170,8 @@ def test_every_tile_once(rows, columns, block_n, groups, high, blocks, tall):
         ((1, 7, 8, 8), (192, 1, 2, 2), 1, 3, "fp16"),
     ],
 )
-@pytest.mark.parametrize("backwards", [False, True], ids=["", "backwards"])
-def test_run_by_the_machine(shape, tile, blocks, programs, dtype, backwards):
+@pytest.mark.parametrize("order", ORDERS)
+def test_run_by_the_machine(shape, tile, blocks, programs, dtype, order):
     """Whole tiles and parts of them, more stages than steps and fewer, more blocks than tiles and
     fewer; nothing is written that should not be."""
     batch, length, columns, inner = shape
@@ -187,7 +187,7 @@ def test_run_by_the_machine(shape, tile, blocks, programs, dtype, backwards):
     at = [memory.add(array) for array in (x, weight, y, scratch)]
     arguments = (at[0], at[1], length, at[2], at[3], 0)
     code = hopper.write(made, "k")
-    Machine(code, (programs, batch), made.shared, memory, arguments, backwards).run()
+    Machine(code, (programs, batch), made.shared, memory, arguments, order).run()
     expected = to_float(x, kind).astype(float) @ to_float(weight, kind).astype(float).T
     error = np.linalg.norm(to_float(y, kind) - expected) / np.linalg.norm(expected)
     assert error < {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]

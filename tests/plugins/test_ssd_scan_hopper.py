@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ptx_machine import GlobalMemory, Machine, to_float
+from ptx_machine import ORDERS, GlobalMemory, Machine, to_float
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -119,8 +119,8 @@ def bits(tensor):
         (1, 2, 1, [0, 1], 1, "fp16", "fp32"),
     ],
 )
-@pytest.mark.parametrize("backwards", [False, True], ids=["", "backwards"])
-def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtype, backwards):
+@pytest.mark.parametrize("order", ORDERS)
+def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtype, order):
     """Against float64: parts of chunks, padding of some, of whole chunks and of all; strong decay,
     and every row written."""
     random = torch.Generator().manual_seed(0)
@@ -151,7 +151,7 @@ def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtyp
     at = [memory.add(bits(t)) for t in (xbc, d, rows, steps, y, state)]
     scratch = memory.add(np.zeros(math.prod(grid) * hopper.MAPS * 128, np.uint8))
     arguments = (*at[:4], length, chunks, *at[4:], scratch, 0)
-    Machine(hopper.write(walk, "k"), grid, walk.shared, memory, arguments, backwards).run()
+    Machine(hopper.write(walk, "k"), grid, walk.shared, memory, arguments, order).run()
     found = torch.from_numpy(to_float(bits(y), KINDS[dtype]).reshape(y.shape)), state
     # Operands and y are rounded once each: a few times 2^-11 or 2^-8 over the root of 3.
     limit = {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]
