@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 from tokred_plugins.opset import OpSet
 
-from tokred_export.backends.common import read_engines, write_engine
+from tokred_export.backends.common import driver_version, read_engines, write_engine
 from tokred_export.bundle import Bundle, read_bundle, write_manifest, writing_bundle
 from tokred_export.cache import Cache, stage_key
 from tokred_export.checkpoint import DEMO_SOURCE, Checkpoint, build_model, load_checkpoint
@@ -168,12 +168,16 @@ def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
 
 def _surroundings(backend: Backend) -> dict[str, str | None]:
     """What decides an engine and is neither this package's code nor a library's: the launcher
-    plugin, by its hash, and the GPU whose timings chose the kernels."""
+    plugin, by its hash, the GPU whose timings chose the kernels, and the driver's CUDA version: kernels
+    are PTX, of which an older one reads less."""
     if backend != "tensorrt":
         return {}
     from tokred_export.backends import tensorrt
 
-    return {"launcher": tensorrt.launcher_digest(), "gpu": tensorrt.list_gpus()[0].name}
+    return {
+        "launcher": tensorrt.launcher_digest(), "gpu": tensorrt.list_gpus()[0].name,
+        "driver": driver_version(),
+    }
 
 
 def _builder(line: Line, backend: Backend) -> tuple[Callable[[Path, Path], object], str]:

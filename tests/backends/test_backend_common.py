@@ -6,6 +6,7 @@ import pytest
 from tokred_export.backends import common
 from tokred_export.backends.common import (
     EngineInfo,
+    driver_version,
     engine_folder,
     list_gpus,
     processor_name,
@@ -62,6 +63,10 @@ class FakeCuda:
     def cuInit(self, flags):
         return self.status
 
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 12040
+        return self.status
+
     def cuDeviceGetCount(self, count):
         count._obj.value = len(self.capabilities)
         return 0
@@ -83,6 +88,7 @@ def test_gpus_as_the_driver_tells(monkeypatch):
     """Names and capabilities come from the driver."""
     monkeypatch.setattr(common.ctypes, "CDLL", lambda name: FakeCuda())
     assert list_gpus() == [("GPU 0", 86), ("GPU 1", 120)]
+    assert driver_version() == "12.4"
 
 
 def test_no_gpus(monkeypatch):
@@ -94,4 +100,4 @@ def test_no_gpus(monkeypatch):
         raise OSError("no such library")
 
     monkeypatch.setattr(common.ctypes, "CDLL", refuse)
-    assert list_gpus() == []
+    assert list_gpus() == [] and driver_version() is None

@@ -99,12 +99,27 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def list_gpus() -> list[Gpu]:
-    """The CUDA devices that the driver shows; empty where there is no driver or no device."""
+def _cuda() -> ctypes.CDLL | None:
+    """The driver's library; None where there is none."""
     name = "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
     try:
-        cuda = ctypes.CDLL(name)
+        return ctypes.CDLL(name)
     except OSError:
+        return None
+
+
+def driver_version() -> str | None:
+    """The CUDA version of the driver, "12.4"; None where there is no driver."""
+    cuda, version = _cuda(), ctypes.c_int()
+    if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def list_gpus() -> list[Gpu]:
+    """The CUDA devices that the driver shows; empty where there is no driver or no device."""
+    cuda = _cuda()
+    if cuda is None:
         return []
     count = ctypes.c_int()
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
