@@ -168,8 +168,8 @@ def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
 
 def _surroundings(backend: Backend) -> dict[str, str | None]:
     """What decides an engine and is neither this package's code nor a library's: the launcher
-    plugin, by its hash, the GPU whose timings chose the kernels, and the driver's CUDA version: kernels
-    are PTX, of which an older one reads less."""
+    plugin, by its hash, the GPU whose timings chose the kernels, and the driver's CUDA version, for
+    kernels are PTX, of which an older driver reads less."""
     if backend != "tensorrt":
         return {}
     from tokred_export.backends import tensorrt

@@ -37,12 +37,18 @@ def main() -> None:
     for name, (op, tokens, dtype, target) in ASKED.items():
         case = next(iter(cases(MODELS["130m"], 1, tokens, dtype, {op})))
         asked[name] = case.launches()[-1], target
-    tactic = next(t for t in linear.LINEAR.tactics if t.blocks["PROGRAMS"])
-    weight = Spec((3352, 768), "fp16")
-    (product,) = linear.calls(
-        Spec((2, 700, 768), "fp16"), weight, turned=True, tactics={"linear": tactic}
-    )
-    asked["linear-90"] = product, 90
+    for name, cluster in (("linear-90", 0), ("linear-hopper", 2)):
+        tactic = next(
+            t for t in linear.LINEAR.tactics
+            if t.blocks["PROGRAMS"] and t.blocks["CLUSTER"] == cluster
+        )
+        (product,) = linear.calls(
+            Spec((2, 700, 768), "fp16"), Spec((3352, 768), "fp16"), turned=True,
+            tactics={"linear": tactic},
+        )
+        asked[name] = product, 90
+    walk = next(iter(cases(MODELS["130m"], 1, 2048, "fp16", {"ssd_scan"})))
+    asked["walk-hopper"] = walk.launches(segments=1, target=90, scratch=True)[-1], 90
     for name, (call, target) in asked.items():
         compiled = compile_call(call, target)
         print(json.dumps({

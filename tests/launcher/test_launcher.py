@@ -56,16 +56,19 @@ def test_launch(stage, fields, name, major):
     )
 
 
-def test_scratch_memory(stage, fields, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "size"), [("linear-90", 384), ("linear-hopper", 384), ("walk-hopper", 256)]
+)
+def test_scratch_memory(stage, fields, tmp_path, name, size):
     """A kernel that builds descriptors gets room for each block of the grid, last of all."""
-    facts, plan = fields["linear-90"], tmp_path / "plan"
-    assert facts["fields"]["scratch"] == 384
+    facts, plan = fields[name], tmp_path / "plan"
+    assert facts["fields"]["scratch"] == size
     played = stage.play(
         stage.node("n", facts["fields"]), "initialize n", "enqueue n 3", f"serialize n {plan}",
         f"deserialize m {plan}", "initialize m", "enqueue m 1", sm=90,
     )
     x, y = facts["grid"]
-    sizes = [f"workspace {384 * x * y * batch}" for batch in (3, 1)]
+    sizes = [f"workspace {size * x * y * batch}" for batch in (3, 1)]
     assert played.said == ["made", "0", sizes[0], "0", "made", "0", sizes[1], "0"]
     assert played.calls("cuLaunchKernel") == [
         f"{expected_launch(facts, batch)},0xc00000000000" for batch in (3, 1)]
