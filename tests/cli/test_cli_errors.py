@@ -221,6 +221,21 @@ def test_flags_that_contradict_each_other(capsys, model):
         assert run(["plan", str(model), "--seq-len", "64", *flags]) == 0
 
 
+def test_a_config_file_that_contradicts_itself(capsys, model, tmp_path):
+    """As flags that do; a flag beside it wins."""
+    config = tmp_path / "c.toml"
+    command = ["plan", str(model), "--seq-len", "64", "--config", str(config)]
+    for text, said in (
+        ('reduce = "30%"\nkeep-ratio = 0.9\n', "keep-ratio takes the place of reduce"),
+        ('reduce = "30%"\nmethod = "none"\n', "method none removes no token"),
+    ):
+        config.write_text(text)
+        found = failing(capsys, command, 2)
+        assert said in found and str(config) in found.replace("\n", "")
+    config.write_text('reduce = "30%"\n')
+    assert run([*command, "--method", "none"]) == 0
+
+
 def test_recorded_commands_stand_alone(capsys, model, tmp_path, monkeypatch):
     """Variables and files are written out as flags: the record is read where neither is."""
     config, out = tmp_path / "a file.toml", tmp_path / "out"

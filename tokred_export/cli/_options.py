@@ -70,6 +70,13 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
             raise click.BadParameter(f"{path} has an unknown key {key!r}{hint}", ctx, param)
         defaults[option.name] = _as_typed(option, value, path, key)
+    if "target" in defaults:  # what flags that contradict each other are told
+        if "keep_ratio" in defaults:
+            raise click.UsageError(
+                f"{path}: keep-ratio takes the place of reduce: give one of the two", ctx
+            )
+        if defaults.get("method") == "none":
+            raise click.UsageError(f"{path}: method none removes no token: leave out reduce", ctx)
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
