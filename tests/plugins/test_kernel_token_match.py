@@ -8,7 +8,8 @@ from gpu_cases import DEVICE, DTYPES, ON_GPU, close, every_tactic, make, require
 
 require_kernels()
 
-from tokred_plugins.kernels import Tactic, run, spec_of  # noqa: E402
+from tokred_plugins.kernel_faces import FACES  # noqa: E402
+from tokred_plugins.kernels import Spec, Tactic, run, spec_of  # noqa: E402
 from tokred_plugins.token_match import kernel as match  # noqa: E402
 from tokred_plugins.token_match.op import token_match  # noqa: E402
 from tokred_plugins.token_match.reference import token_match_reference  # noqa: E402
@@ -25,11 +26,12 @@ def a_split(length, n_lower, batch=1, seed=0):
 
 
 def launch(hidden, lower, upper, tactic=SMALL, parts=None):
+    filled = {}
     if parts is not None:
-        match.ENOUGH_PROGRAMS = parts * hidden.shape[0] * -(-lower.shape[1] // 16)
+        filled["programs"] = parts * hidden.shape[0] * -(-lower.shape[1] // 16)
     specs = [spec_of(x) for x in (hidden, lower, upper)]
     given = {"hidden": hidden, "lower": lower, "upper": upper}
-    made = run(match.calls(*specs, {"token_match": tactic}), given)
+    made = run(match.calls(*specs, {"token_match": tactic}, **filled), given)
     return made["similarity"].cpu(), made["target"].cpu()
 
 
@@ -52,9 +54,8 @@ def check(hidden, lower, upper, tolerance=2e-6, by=token_match_reference, **opti
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("sizes", [(2, 1, 5), (37, 18, 20), (70, 33, 40)], ids=str)
-def test_match_is_the_reference(sizes, parts, dtype, monkeypatch):
+def test_match_is_the_reference(sizes, parts, dtype):
     """Odd counts and widths, partners in one piece and in several."""
-    monkeypatch.setattr(match, "ENOUGH_PROGRAMS", match.ENOUGH_PROGRAMS)
     length, n_lower, width = sizes
     hidden = make(1, 2, length, width, dtype=dtype)
     check(hidden, *a_split(length, n_lower, batch=2), parts=parts)
@@ -62,9 +63,8 @@ def test_match_is_the_reference(sizes, parts, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [1, 4])
-def test_the_first_of_equal_partners_wins(parts, dtype, monkeypatch):
+def test_the_first_of_equal_partners_wins(parts, dtype):
     """Every upper token occurs many times over, in and across tiles."""
-    monkeypatch.setattr(match, "ENOUGH_PROGRAMS", match.ENOUGH_PROGRAMS)
     hidden = make(2, 1, 5, 24, dtype=dtype)[:, torch.arange(80) % 5].contiguous()
     lower, upper = a_split(80, 30)
     target, best = check(hidden, lower, upper, parts=parts)
@@ -115,3 +115,12 @@ def test_the_longest_sequence():
     expected, _ = token_match(hidden.float(), lower, upper)
     close(similarity, expected.cpu().double(), 2e-5, "similarity")
     assert target.min() >= 0
+
+
+def test_parts_fill_the_gpu_that_is_there():
+    """Partners are shared out among as many programs as a small GPU or a large one takes."""
+    halves = Spec((1, 1024), "i32")
+    specs = {"hidden": Spec((1, 2048, 768), "fp16"), "lower": halves, "upper": halves}
+    grids = [FACES["token_match"].calls(specs, known)[1].grid
+             for known in ({"multiprocessors": 16}, {"multiprocessors": 132}, {})]
+    assert grids[0] == (8, 4) and grids[1] == grids[2] == (16, 8)

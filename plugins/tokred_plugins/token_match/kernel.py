@@ -13,12 +13,13 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
+from tokred_plugins.faces import MULTIPROCESSORS
 from tokred_plugins.kernels import PRECISION, Call, Kernel, Spec, Tactic, cdiv, choose
 from tokred_plugins.row_tiles import TACTICS as ROW_TACTICS
 from tokred_plugins.row_tiles import load_pieces, reading_tactic, rows_of
 
-# Programs that fill the GPU: about two a multiprocessor.
-ENOUGH_PROGRAMS = 264
+# Programs that fill the GPU, a multiprocessor.
+EACH = 2
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -120,25 +121,33 @@ TOKEN_MATCH_BEST = Kernel(
 )
 
 
-def tile_tactic(dtype: str, batch: int, n_lower: int, n_upper: int) -> Tactic:
+def tile_tactic(dtype: str, batch: int, n_lower: int, n_upper: int, programs: int) -> Tactic:
     """Large tiles where there are enough of them to fill the GPU, and their operands fit."""
     large = TOKEN_MATCH.tactics[1]
     tiles = batch * cdiv(n_lower, large.blocks["BLOCK_A"]) * cdiv(n_upper, large.blocks["BLOCK_B"])
     if dtype == "fp32":
         return TOKEN_MATCH.tactics[4]
-    return large if tiles >= ENOUGH_PROGRAMS else TOKEN_MATCH.tactics[0]
+    return large if tiles >= programs else TOKEN_MATCH.tactics[0]
 
 
 def calls(
     hidden: Spec, lower: Spec, upper: Spec, tactics: Mapping[str, Tactic] | None = None,
+    programs: int = EACH * MULTIPROCESSORS,
 ) -> tuple[Call, ...]:
-    """The launches of :func:`tokred_plugins.token_match.op.token_match`."""
+    """The launches of :func:`tokred_plugins.token_match.op.token_match`.
+
+    Args:
+        hidden, lower, upper: the op's inputs.
+        tactics: kernel name -> tactic, where not the default.
+        programs: as many as fill the GPU; the upper tokens are shared out among so many.
+    """
     batch, length, width = hidden.shape
     n_lower, n_upper = lower.shape[1], upper.shape[1]
-    tactic = choose(TOKEN_MATCH, tactics, tile_tactic(hidden.dtype, batch, n_lower, n_upper))
+    default = tile_tactic(hidden.dtype, batch, n_lower, n_upper, programs)
+    tactic = choose(TOKEN_MATCH, tactics, default)
     rows = cdiv(n_lower, tactic.blocks["BLOCK_A"])
     tiles = cdiv(n_upper, tactic.blocks["BLOCK_B"])
-    parts = max(1, min(tiles, cdiv(ENOUGH_PROGRAMS, batch * rows)))
+    parts = max(1, min(tiles, cdiv(programs, batch * rows)))
     share = cdiv(tiles, parts) * tactic.blocks["BLOCK_B"]
     parts = max(1, cdiv(n_upper, share))
     pick = choose(TOKEN_MATCH_BEST, tactics, TOKEN_MATCH_BEST.tactics[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokred_plugins.faces import ROW_TUNING, Attribute, Grid, KernelFace, Tuning
+from tokred_plugins.faces import MULTIPROCESSORS, ROW_TUNING, Attribute, Grid, KernelFace, Tuning
 from tokred_plugins.kernels import Call, Spec, cdiv
 
 
@@ -12,7 +12,10 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     """The launches for tensors of these shapes."""
     from tokred_plugins.token_match import kernel
 
-    return kernel.calls(specs["hidden"], specs["lower"], specs["upper"])
+    processors = int(attributes.get("multiprocessors", MULTIPROCESSORS))
+    return kernel.calls(
+        specs["hidden"], specs["lower"], specs["upper"], programs=kernel.EACH * processors
+    )
 
 
 def match_grid(sizes: Mapping[str, int], now: Grid) -> Grid | None:
