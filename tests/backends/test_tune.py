@@ -117,6 +117,30 @@ def test_lengths_share_code(device):
     assert FakeDevice.loads == loaded > 0
 
 
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_long_products_are_ranked_under_load(device, monkeypatch, long):
+    """What is fastest for a moment may not be on a GPU that has been at work; short products do
+    not heat it."""
+    launches = []
+
+    def elapsed(self, work):
+        before = len(self.launched)
+        work()
+        count = len(self.launched) - before
+        launches.append(count)
+        threads = self.launched[-1][1]
+        slow = {256: 1.0, 128: 1.05}.get(threads, 2.0)
+        if count > 20 and threads == 256:
+            slow = 1.2
+        return count * slow * (1.0 if long else 0.1)
+
+    monkeypatch.setattr(FakeDevice, "elapsed_ms", elapsed)
+    monkeypatch.setattr(tune, "_FINALISTS", 20)
+    best = tune.Tuner(90).best(product(700))
+    assert best.tactic.num_warps == (4 if long else 8)
+    assert (max(launches) >= 200) == long
+
+
 def test_what_does_not_fit_is_not_tried(device):
     """sm_86 has 99 KB of shared memory a block, and four stages of 128 x 256 need twice that."""
     tuner = tune.Tuner(86)
