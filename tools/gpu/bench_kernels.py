@@ -18,18 +18,24 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "plugins")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "plugins"), str(ROOT)]
 
-from kernel_shapes import MODELS, Case, cases, tensors  # noqa: E402
+from kernel_shapes import MODELS, PRODUCTS, Case, cases, tensors  # noqa: E402
 from tokred_plugins.kernels import Tactic, launch_into, torch_dtypes  # noqa: E402
+
+from tokred_export.backends.tune import Tuner  # noqa: E402
 
 ROTATED_BYTES = 300e6  # of inputs and outputs together; the L2 cache of an H200 holds 50 MB
 TOLERANCE = {"fp32": 2e-5, "fp16": 2e-3, "bf16": 1.5e-2}
+# Others' kernels for the same, and what their time is called in docs/results/kernels.jsonl.
+OTHERS = {"mamba_chunk_scan_combined": "mamba_ssm_us", "torch.matmul": "torch_us"}
 EXACT = {"lower", "upper", "src", "dst", "merge", "keep"}
 
 
@@ -191,13 +197,25 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
             record(calls, kernel, str(tactic), None if whole else kernel, **options)
     if case.op == "ssd_scan":
         records += mamba_scan(case, prepared, label, floor)
+    if case.op in PRODUCTS:
+        records += torch_product(case, prepared, label, floor)
     return records
 
 
 def launches(case: Case, tactics: dict | None = None, **options: int) -> tuple:
-    """The calls as engines have them, kernels that want scratch memory among them."""
+    """The calls as engines have them: kernels that want scratch memory among them, products with
+    the fastest tactic where none is asked for."""
+    if case.op in PRODUCTS and tactics is None:
+        return tuple(tuner().best(call) for call in case.launches())
     scratch = {"scratch": True} if case.op == "ssd_scan" else {}
     return case.launches(tactics, **{**scratch, **options})
+
+
+@cache
+def tuner() -> Tuner:
+    """Of this GPU; nothing is kept for another run."""
+    gpu = torch.cuda.get_device_properties(0)
+    return Tuner(10 * gpu.major + gpu.minor, None, gpu.multi_processor_count)
 
 
 def variants(case: Case) -> list[tuple[str, Tactic, int | None]]:
@@ -212,6 +230,23 @@ def variants(case: Case) -> list[tuple[str, Tactic, int | None]]:
         for tactic in call.kernel.tactics
     ]
     return [one for i, one in enumerate(found) if one not in found[:i]]
+
+
+def torch_product(case: Case, prepared: Prepared, label: dict, floor: float) -> list[dict]:
+    """torch's product, cuBLAS, of the same operands."""
+    y = torch.empty((), device="cuda", dtype=prepared.sets[0]["x"].dtype)
+
+    def run() -> None:
+        for i in range(prepared.count):
+            given = prepared.sets[i % len(prepared.sets)]
+            torch.matmul(given["x"], given["weight"].T, out=y)
+
+    y.resize_(*prepared.sets[0]["x"].shape[:2], prepared.sets[0]["weight"].shape[0])
+    us = time_graph(run, prepared.count) * 1e6
+    entry = {**label, "op": case.op, "kernel": "torch.matmul", "tactic": "cuBLAS's own choice",
+             "us": us, "floor_us": floor * 1e6, "ratio": us / floor / 1e6, "wrong": ""}
+    show(entry)
+    return [entry]
 
 
 def mamba_scan(case: Case, prepared: Prepared, label: dict, floor: float) -> list[dict]:
@@ -263,13 +298,12 @@ def result_lines(report: dict) -> list[str]:
         if r["kernel"] != "*" or r["wrong"]:
             continue
         sizes = {k: r[k] for k in ("op", "model", "batch", "length", "dtype")}
-        mamba = [m["us"] for m in report["records"] if m["kernel"] == "mamba_chunk_scan_combined"
-                 and all(m[k] == v for k, v in sizes.items())]
+        beside = {m["kernel"]: round(m["us"], 2) for m in report["records"]
+                  if m["kernel"] in OTHERS and all(m[k] == v for k, v in sizes.items())}
         line = {**sizes, "tactic": r["tactic"], "median_us": round(r["us"], 2),
                 "floor_us": round(r["floor_us"], 2), "ratio_to_floor": round(r["ratio"], 2),
                 "error": float(f"{r['error']:.1e}")}
-        if mamba:
-            line["mamba_ssm_us"] = round(mamba[0], 2)
+        line |= {OTHERS[kernel]: us for kernel, us in beside.items()}
         lines.append(json.dumps({**line, "gpu": report["gpu"], "versions": report["versions"]}))
     return lines
 
@@ -292,8 +326,8 @@ def compile_one(job: tuple) -> None:
     model, batch, length, dtype, op, index = job
     case = next(iter(cases(MODELS[model], batch, length, dtype, {op})))
     given = torch_dtypes()
-    if index is None:
-        calls = launches(case)
+    if index is None:  # a product's tactic is found later
+        calls = case.launches() if case.op in PRODUCTS else launches(case)
     else:
         kernel, tactic, segments = variants(case)[index]
         calls = launches(case, {kernel: tactic}, **({} if segments is None else
@@ -347,7 +381,8 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
     parser.add_argument("--dtype", default="bf16", choices=["fp16", "bf16", "fp32"])
-    parser.add_argument("--ops", nargs="*", default=[], help="only these ops")
+    parser.add_argument("--ops", nargs="*", default=[],
+                        help=f"only these ops; {' and '.join(PRODUCTS)} only where named")
     parser.add_argument("--tactics", action="store_true", help="time every candidate tactic")
     options = parser.parse_args()
 

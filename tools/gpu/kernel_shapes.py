@@ -56,6 +56,8 @@ class Case:
         calls: takes the input specs, the attributes and ``tactics=``; returns the launches.
         outputs: names of the op's results among what the launches write, in order.
         operations: matrix operations of the floor.
+        needed: bytes of inputs, where not all of each tensor is read.
+        plain: what is computed, where it is no op of the model.
     """
 
     op: str
@@ -64,7 +66,8 @@ class Case:
     calls: Callable[..., tuple[Call, ...]]
     outputs: tuple[str, ...]
     operations: float = 0.0
-    needed: float | None = None  # bytes of inputs, where not all of each tensor is read
+    needed: float | None = None
+    plain: Callable[..., torch.Tensor] | None = None
 
     def launches(self, tactics: dict[str, Tactic] | None = None, **options: int) -> tuple:
         """The calls with these tactics."""
@@ -89,7 +92,8 @@ class Case:
 
     def eager(self, tensors: dict) -> tuple[torch.Tensor, ...]:
         """The op's plain PyTorch function."""
-        made = getattr(opset.PLAIN, self.op)(*tensors.values(), *self.attributes)
+        function = self.plain or getattr(opset.PLAIN, self.op)
+        made = function(*tensors.values(), *self.attributes)
         return made if isinstance(made, tuple) else (made,)
 
 
@@ -112,9 +116,11 @@ def size(spec: Spec) -> int:
 def cases(
     model: Model, batch: int, length: int, dtype: str, ops: set[str] | None = None
 ) -> Iterator[Case]:
-    """All ops of one model at one size."""
+    """All ops of one model at one size; the products of a layer only where they are named."""
     sizes = (model, batch, length, dtype)
-    for case in (*layer_cases(*sizes), *site_cases(*sizes)):
+    for case in (
+        *layer_cases(*sizes), *site_cases(*sizes), *(product_cases(*sizes) if ops else ())
+    ):
         if not ops or case.op in ops:
             yield case
 
@@ -168,6 +174,22 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
         operations=rows * (per_token + 2.0 * chunk * m.states),
         needed=rows * (m.channels + m.heads) * two,
     )
+
+
+PRODUCTS = ("first_product", "second_product")
+
+
+def product_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
+    """The two projections of a layer, their weights stored as engines have them."""
+    from tokred_plugins.linear import kernel as linear
+
+    for op, inner, columns in zip(PRODUCTS, (m.width, m.inner), (m.columns, m.width), strict=True):
+        yield Case(
+            op,
+            {"x": Spec((batch, length, inner), dtype), "weight": Spec((columns, inner), dtype)},
+            (True,), linear.calls, ("y",), operations=2.0 * batch * length * inner * columns,
+            plain=lambda x, weight, turned: x @ weight.T,
+        )
 
 
 def site_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
