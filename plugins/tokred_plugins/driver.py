@@ -29,7 +29,8 @@ def launch_ptx(call: Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) 
         outputs: in the kernel's order.
 
     Raises:
-        ValueError: tensors that are not all on one GPU, or begin at no multiple of 16 bytes.
+        ValueError: tensors that are not all on one GPU, or outputs that begin at no multiple of 16
+            bytes.
         DoesNotFit: code for another GPU.
         RuntimeError: the driver refuses the code or the launch.
     """
@@ -39,6 +40,8 @@ def launch_ptx(call: Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) 
             f"{call.kernel.name} with {call.tactic} is PTX and runs on a GPU alone; the tensors "
             f"are on {device}"
         )
+    # A slice of a tensor may begin anywhere; the code may not.
+    inputs = [x.clone() if x.data_ptr() % 16 else x for x in inputs]
     for x in (*inputs, *outputs):
         if x.device != device or x.data_ptr() % 16:
             raise ValueError(
