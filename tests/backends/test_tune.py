@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 import numpy as np
+from tokred_plugins import aot
 from tokred_plugins.kernels import Spec
 from tokred_plugins.linear import kernel as linear
 from tokred_plugins.retune import candidates
@@ -75,6 +76,28 @@ def device(monkeypatch):
     made = []
     monkeypatch.setattr(tune, "Device", lambda: made.append(FakeDevice()) or made[-1])
     return made
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """Code that an earlier test had is not compiled again: a second each, for two dozen."""
+    compile_call = tune.compile_call
+
+    def compile_new(call, sm):
+        key = aot.compile_key(call), sm
+        if key not in _COMPILED:
+            try:
+                _COMPILED[key] = compile_call(call, sm)
+            except aot.DoesNotFit as refused:
+                _COMPILED[key] = refused
+        if isinstance(_COMPILED[key], Exception):
+            raise _COMPILED[key]
+        return _COMPILED[key]
+
+    monkeypatch.setattr(tune, "compile_call", compile_new)
+
+
+_COMPILED: dict = {}
 
 
 def product(length, batch=2, columns=3352):
