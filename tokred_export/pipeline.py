@@ -166,7 +166,7 @@ def engine(line: Line, backend: Backend, onnx_path: Path) -> Path:
         return line.cache.get_or_make(key, make) / folder_name
 
 
-def _surroundings(backend: Backend) -> dict[str, str | None]:
+def _surroundings(backend: Backend) -> dict[str, str | int | None]:
     """What decides an engine and is neither this package's code nor a library's: the launcher
     plugin, by its hash, the GPU whose timings chose the kernels, and the driver's CUDA version, for
     kernels are PTX, of which an older driver reads less."""

@@ -61,6 +61,25 @@ def entry(
     return "\n".join([*head, "{", *body, "}"]) + "\n"
 
 
+def roles(ask: Iterable[str], work: Iterable[Iterable[str]]) -> Iterator[str]:
+    """What the first four warps do, who ask for operands, and each of the groups after them; all
+    come to the label END.
+
+    A piece of code for each group: addresses that differ by group would cost registers.
+    """
+    work = list(work)
+    for group in reversed(range(len(work))):
+        yield f"setp.ge.u32 p, thread, {GROUP_THREADS * (group + 1)};"
+        yield f"@p bra GROUP{group};"
+    yield from ask
+    yield "bra END;"
+    for group, lines in enumerate(work):
+        yield f"GROUP{group}:"
+        yield from lines
+        yield "bra END;"
+    yield "END:"
+
+
 def common_registers() -> Iterator[str]:
     """What the pieces below use."""
     yield ".reg .pred p, q, always, leads;"

@@ -88,7 +88,7 @@ def test_gpus_as_the_driver_tells(monkeypatch):
     """Names and capabilities come from the driver."""
     monkeypatch.setattr(common.ctypes, "CDLL", lambda name: FakeCuda())
     assert list_gpus() == [("GPU 0", 86), ("GPU 1", 120)]
-    assert driver_version() == "12.4"
+    assert driver_version() == 12040
 
 
 def test_no_gpus(monkeypatch):

@@ -229,7 +229,7 @@ def test_kernels_are_split_for_the_gpu_that_is_here(
     caplog.set_level("WARNING", logger="tokred_export")  # a --quiet of another test stays
     large = build(source("half"), tmp_path / "large")
     assert "split as for a large GPU" in caplog.text
-    asked = SimpleNamespace(multiprocessors=2, cuda_version=12040, destroy_stream=lambda: None)
+    asked = SimpleNamespace(multiprocessors=2, destroy_stream=lambda: None)
     monkeypatch.setattr(backend, "Device", lambda: asked)
     small = build(source("half"), tmp_path / "small")
     assert large.options["plugins.ssd_pass"] == 2 and "plugins.ssd_scan" not in large.options

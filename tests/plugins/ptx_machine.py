@@ -671,3 +671,29 @@ def integers(lines: Sequence[str], registers: dict[str, int]) -> dict[str, int]:
     for line in parse("{\n" + "\n".join(lines) + "\n}")[0]:
         execute(warp, line, np.ones(32, bool))
     return {name: int(values[0]) for name, values in warp.registers.items()}
+
+
+def check_fences(code: str) -> None:
+    """What no machine without caches can tell: that the accelerator and the tensor cores see what
+    threads wrote, and tensor maps are fetched anew."""
+    lines = [line.strip() for line in code.splitlines()]
+    pending = False
+    for line in lines:
+        pending = pending or line.startswith("stmatrix")
+        if line.startswith("fence.proxy.async.shared::cta"):
+            pending = False
+        assert not (pending and line.startswith("bar.sync"))
+    maps = {line.split("[")[1].split("]")[0] for line in lines if "cp_fenceproxy" in line}
+    first = next(i for i, line in enumerate(lines) if ".tile" in line and "cp.async.bulk" in line)
+    got = {line.split("[")[1].split("]")[0] for line in lines[:first]
+           if line.startswith("fence.proxy.tensormap::generic.acquire.gpu")}
+    assert got == maps and "fence.mbarrier_init.release.cluster;" in lines[:first]
+    ready = False  # registers that threads wrote are fenced before a product takes them
+    for line in lines:
+        if line.startswith("wgmma.fence"):
+            ready = True
+        elif line.startswith(("mov.f32", "mul.f32 kept", "fma.rn.f32 sum")) or re.match(
+            r"cvt\.rn\.\w+ (weighted|mixed)", line
+        ):
+            ready = False
+        assert ready or "mma_async" not in line

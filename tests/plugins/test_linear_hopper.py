@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptx_machine import ORDERS, GlobalMemory, Machine, integers, to_bits, to_float
+from ptx_machine import ORDERS, GlobalMemory, Machine, check_fences, integers, to_bits, to_float
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -82,34 +82,10 @@ def test_only_on_a_gpu():
     assert len({compile_key(call_with(t)) for t in TACTICS}) == len(TACTICS)
 
 
-def fenced(code):
-    """What no machine without caches can tell: that the accelerator and the tensor cores see what
-    threads wrote, and tensor maps are fetched anew."""
-    lines = [line.strip() for line in code.splitlines()]
-    pending = False
-    for line in lines:
-        pending = pending or line.startswith("stmatrix")
-        if line.startswith("fence.proxy.async.shared::cta"):
-            pending = False
-        assert not (pending and line.startswith("bar.sync"))
-    maps = {line.split("[")[1].split("]")[0] for line in lines if "cp_fenceproxy" in line}
-    first = next(i for i, line in enumerate(lines) if ".tile" in line and "cp.async.bulk" in line)
-    got = {line.split("[")[1].split("]")[0] for line in lines[:first]
-           if line.startswith("fence.proxy.tensormap::generic.acquire.gpu")}
-    assert got == maps and "fence.mbarrier_init.release.cluster;" in lines[:first]
-    ready = False  # registers that threads wrote are fenced before a product takes them
-    for line in lines:
-        if line.startswith("wgmma.fence"):
-            ready = True
-        elif line.startswith(("mov.f32 sum", "mul.f32 sum", "fma.rn.f32 sum", "mov.f32 score")):
-            ready = False
-        assert ready or "mma_async" not in line
-
-
 @pytest.mark.parametrize("tactic", TACTICS, ids=str)
 def test_fences(tactic):
     """Before what threads wrote is read by others than threads."""
-    fenced(compile_call(call_with(tactic), 90).ptx)
+    check_fences(compile_call(call_with(tactic), 90).ptx)
 
 
 def test_types_of_operands():

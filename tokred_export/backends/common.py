@@ -108,12 +108,12 @@ def _cuda() -> ctypes.CDLL | None:
         return None
 
 
-def driver_version() -> str | None:
-    """The CUDA version of the driver, "12.4"; None where there is no driver."""
+def driver_version() -> int | None:
+    """The CUDA version of the driver, 12040 for 12.4; None where there is no driver."""
     cuda, version = _cuda(), ctypes.c_int()
     if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(version)):
         return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return version.value
 
 
 def list_gpus() -> list[Gpu]:

@@ -27,6 +27,7 @@ from tokred_export.backends.common import (
     Availability,
     EngineInfo,
     Gpu,
+    driver_version,
     engine_folder,
     list_gpus,
     processor_name,
@@ -216,7 +217,7 @@ def _lower(
     """
     from tokred_export.export.lower import lower
 
-    processors, driver = _asked()
+    processors, driver = _multiprocessors(), driver_version()
     if form == "quick":  # TensorRT tunes these itself
         return lower(source, target, form, sm, batch, multiprocessors=processors)
     from tokred_export.backends.tune import Tuner
@@ -229,19 +230,15 @@ def _lower(
         tuner.close()
 
 
-def _asked() -> tuple[int, int] | tuple[None, None]:
-    """The GPU's multiprocessors, and the CUDA version of its driver (12070 is 12.7); None, said in
-    the log, where this Python cannot ask."""
+def _multiprocessors() -> int | None:
+    """Of the GPU; None, said in the log, where this Python cannot ask it."""
     try:
         device = Device()
     except EnvironmentUnable as error:  # TensorRT's own Python may be the only one that can
-        _log.warning(
-            "work is split as for a large GPU and an older driver, for these cannot be asked: %s",
-            error,
-        )
-        return None, None
+        _log.warning("work is split as for a large GPU, for this one cannot be asked: %s", error)
+        return None
     try:
-        return device.multiprocessors, device.cuda_version
+        return device.multiprocessors
     finally:
         device.destroy_stream()
 

@@ -129,15 +129,10 @@ def write(product: Product, name: str) -> str:
     ``x`` has ``length`` rows for each block along z of the grid; those of the first do all rows.
     ``scratch`` is ``MAPS * 128`` bytes for each block, aligned to 128; ``profile`` is not read.
     """
-    lines = [*_registers(product), *_prepare(product, name)]
-    for group in range(product.groups):
-        lines += [f"setp.ge.u32 p, thread, {GROUP_THREADS * (product.groups - group)};"]
-        lines += [f"@p bra MULTIPLY{group};"]
-    lines += [*_ask(product), "bra END;"]
-    for group in range(product.groups):
-        # One piece of code for each: addresses that differ by group would cost registers.
-        lines += [f"MULTIPLY{group}:", *_multiply(product, group), "bra END;"]
-    lines += ["END:"]
+    work = (_multiply(product, group) for group in range(product.groups))
+    lines = [
+        *_registers(product), *_prepare(product, name), *ptx.roles(_ask(product), work)
+    ]
     if product.blocks > 1:
         # Shared memory stays until the other block has done with it.
         lines += ["barrier.cluster.arrive;", "barrier.cluster.wait;"]

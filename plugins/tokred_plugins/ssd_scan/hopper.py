@@ -107,14 +107,8 @@ def written(call: Call) -> Written:
 
 def write(walk: Walk, name: str) -> str:
     """The PTX of ``name(xbc, d, pads, steps, length, chunks, y, state, scratch, profile)``."""
-    lines = [*_registers(), *_prepare(walk, name)]
-    for head in range(walk.together):
-        lines += [f"setp.ge.u32 p, thread, {ptx.GROUP_THREADS * (walk.together - head)};"]
-        lines += [f"@p bra HEAD{walk.together - 1 - head};"]
-    lines += [*_ask(walk), "bra END;"]
-    for head in range(walk.together):
-        lines += [f"HEAD{head}:", *_walk(walk, head), "bra END;"]
-    lines += ["END:", "ret;"]
+    work = (_walk(walk, head) for head in range(walk.together))
+    lines = [*_registers(), *_prepare(walk, name), *ptx.roles(_ask(walk), work), "ret;"]
     parameters = (
         *((p, "pointer") for p in ("xbc", "d", "pads", "steps")),
         ("length", "int"), ("chunks", "int"), ("y", "pointer"), ("state", "pointer"),
@@ -309,9 +303,39 @@ def _skip_weight(walk: Walk) -> Iterator[str]:
         yield f"cvt.f32.{ptx.KIND[walk.d_dtype]} skip, half;"
 
 
-def _chunk(walk: Walk, which: int) -> Iterator[str]:
-    dtype = walk.dtype
+def _by_columns(name: str, right: str, dtype: str) -> Iterator[str]:
+    """C times an operand that is read along its 64 rows of 128 columns, [64, 64]: begun."""
     kind = ptx.KIND[dtype]
+    sums = ", ".join(f"{name}{i}" for i in range(32))
+    for part in range(STATES // 16):
+        offset = part // 4 * _TILE + part % 4 * 32 >> 4
+        yield f"add.u64 wide, desc_c, {offset};"
+        yield f"add.u64 stride, {right}, {offset};"
+        yield (
+            f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{sums}}}, "
+            "wide, stride, always, 1, 1, 0, 0;"
+        )
+    yield "wgmma.commit_group.sync.aligned;"
+
+
+def _by_tokens(name: str, left: str, right: str, columns: int, dtype: str) -> Iterator[str]:
+    """A left operand in registers, of 64 tokens, times one that is read across its rows: begun."""
+    kind = ptx.KIND[dtype]
+    sums = ", ".join(f"{name}{i}" for i in range(columns // 2))
+    yield "wgmma.fence.sync.aligned;"
+    for part in range(CHUNK // 16):
+        lefts = ", ".join(f"{left}{4 * part + i}" for i in range(4))
+        yield f"add.u64 wide, {right}, {part * 16 * ptx.ROW_BYTES >> 4};"
+        yield (
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{sums}}}, "
+            f"{{{lefts}}}, wide, always, 1, 1, 1;"
+        )
+    yield "wgmma.commit_group.sync.aligned;"
+
+
+def _chunk(walk: Walk, which: int) -> Iterator[str]:
+    """One chunk of one head, whose operands are there."""
+    dtype = walk.dtype
     yield f"mad.lo.u32 held, stage, {walk.stage_bytes}, base;"
     yield f"add.u32 x_at, held, {(4 + which) * _TILE};"
     yield f"add.u32 steps_at, held, {(4 + walk.together) * _TILE + which * _STEPS};"
@@ -326,27 +350,12 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     yield "shr.u32 t, x_at, 4;"
     yield from ptx.descriptor("desc_x", "t", across=_TILE)
 
-    # scores = C B^T and out = C state, both [64, 64] from 128 columns.
     for name in ("score", "sum"):
         for i in range(32):
             yield f"mov.f32 {name}{i}, 0f00000000;"
     yield "wgmma.fence.sync.aligned;"
-    for name, right in (("score", "desc_b"), ("sum", "desc_h")):
-        sums = ", ".join(f"{name}{i}" for i in range(32))
-        for part in range(STATES // 16):
-            offset = part // 4 * _TILE + part % 4 * 32 >> 4
-            left = "desc_c"
-            if offset:
-                yield f"add.u64 wide, desc_c, {offset};"
-                yield f"add.u64 stride, {right}, {offset};"
-                left, right_part = "wide", "stride"
-            else:
-                right_part = right
-            yield (
-                f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{sums}}}, "
-                f"{left}, {right_part}, always, 1, 1, 0, 0;"
-            )
-        yield "wgmma.commit_group.sync.aligned;"
+    yield from _by_columns("score", "desc_b", dtype)
+    yield from _by_columns("sum", "desc_h", dtype)
 
     # Meanwhile: dt and its running decay at this thread's sixteen columns and two rows.
     yield "and.b32 t, lane, 3;"
@@ -367,29 +376,11 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     yield from _mixed(dtype, which)
     yield "wgmma.wait_group.sync.aligned 0;"
     yield from _decayed_and_skipped(dtype)
-    yield "wgmma.fence.sync.aligned;"
-    sums = ", ".join(f"sum{i}" for i in range(32))
-    for part in range(CHUNK // 16):
-        left = ", ".join(f"mixed{4 * part + i}" for i in range(4))
-        yield f"add.u64 wide, desc_x, {part * 16 * ptx.ROW_BYTES >> 4};"
-        yield (
-            f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind} {{{sums}}}, "
-            f"{{{left}}}, wide, always, 1, 1, 1;"
-        )
-    yield "wgmma.commit_group.sync.aligned;"
+    yield from _by_tokens("sum", "mixed", "desc_x", HEAD_DIM, dtype)
     yield "ex2.approx.ftz.f32 f, last;"
     for i in range(64):
         yield f"mul.f32 kept{i}, kept{i}, f;"
-    yield "wgmma.fence.sync.aligned;"
-    states = ", ".join(f"kept{i}" for i in range(64))
-    for part in range(CHUNK // 16):
-        left = ", ".join(f"weighted{4 * part + i}" for i in range(4))
-        yield f"add.u64 wide, desc_n, {part * 16 * ptx.ROW_BYTES >> 4};"
-        yield (
-            f"wgmma.mma_async.sync.aligned.m64n128k16.f32.{kind}.{kind} {{{states}}}, "
-            f"{{{left}}}, wide, always, 1, 1, 1;"
-        )
-    yield "wgmma.commit_group.sync.aligned;"
+    yield from _by_tokens("kept", "weighted", "desc_n", STATES, dtype)
 
     yield "wgmma.wait_group.sync.aligned 1;"
     for i in range(4):

@@ -195,17 +195,19 @@ def _walk(
 ) -> tuple[Call, ...]:
     """One program a sequence and head, or ``together`` heads, by the kernel in PTX."""
     programs = s.batch * s.heads
-    if s.dtype == "fp32":  # its stages are twice as large
-        default = SSD_SCAN.tactics[-1]
-    else:  # three stages of loads, or two where one wave then holds all programs
-        default = SSD_SCAN.tactics[s.multiprocessors < programs <= 2 * s.multiprocessors]
-    scan = fitted(choose(SSD_SCAN, tactics, default), s.heads // s.groups)
-    kernel, chunk = SSD_SCAN, scan.blocks["Q"]
     if together:
         kernel, chunk = SSD_SCAN_HOPPER, hopper.CHUNK
         scan = choose(kernel, tactics, kernel.tactics[together - 1])
         if (s.heads // s.groups) % scan.blocks["HEADS"]:
             scan = kernel.tactics[0]
+    else:
+        if s.dtype == "fp32":  # its stages are twice as large
+            default = SSD_SCAN.tactics[-1]
+        else:  # three stages of loads, or two where one wave then holds all programs
+            default = SSD_SCAN.tactics[s.multiprocessors < programs <= 2 * s.multiprocessors]
+        kernel = SSD_SCAN
+        scan = fitted(choose(kernel, tactics, default), s.heads // s.groups)
+        chunk = scan.blocks["Q"]
     chunks = cdiv(s.length, chunk)
     extras = {"length": s.length, "chunks": chunks}
     steps = choose(SSD_STEPS, tactics, SSD_STEPS.tactics[0])
