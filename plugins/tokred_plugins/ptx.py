@@ -6,6 +6,7 @@ Each is lines of text that use registers by fixed names; a kernel declares those
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator
 
 VERSION = "8.6"
@@ -136,10 +137,10 @@ def barriers(stages: int, arrivals: int) -> Iterator[str]:
     yield "bar.warp.sync -1;"
 
 
-def wait(barrier: str, label: str) -> Iterator[str]:
-    """Until the barrier's phase of ``parity`` is over."""
+def wait(barrier: str, label: str, parity: str = "parity") -> Iterator[str]:
+    """Until the barrier's phase of that parity is over."""
     yield f"{label}:"
-    yield f"mbarrier.try_wait.parity.shared::cta.b64 q, [{barrier}], parity;"
+    yield f"mbarrier.try_wait.parity.shared::cta.b64 q, [{barrier}], {parity};"
     yield f"@!q bra {label};"
 
 
@@ -157,6 +158,11 @@ def descriptor(register: str, address: str, across: int = 16) -> Iterator[str]:
     yield f"cvt.u64.u32 {register}, {address};"
     constant = 1 << 62 | (1024 >> 4) << 32 | across >> 4 << 16
     yield f"or.b64 {register}, {register}, {constant:#x};"
+
+
+def float_literal(value: float) -> str:
+    """A float32 as PTX spells it."""
+    return f"0f{struct.unpack('>I', struct.pack('>f', value))[0]:08X}"
 
 
 def round_two(target: str, low: str, high: str, dtype: str) -> str:

@@ -121,6 +121,24 @@ def test_the_fastest_candidate_is_taken(device, tmp_path):
     assert FakeDevice.loads == 0 and not device[0].memory
 
 
+def test_squares_that_rows_are_divided_by(device, monkeypatch):
+    """They are none that no row could have: of random signs, the root of their mean may be none."""
+    uploaded = []
+    upload = FakeDevice.upload
+    monkeypatch.setattr(
+        FakeDevice, "upload", lambda self, raw, at: uploaded.append(raw) or upload(self, raw, at)
+    )
+    (call,) = linear.calls(
+        Spec((2, 700, 768), "fp16"), Spec((3352, 768), "fp16"), turned=True,
+        squares=Spec((2, 700, 24), "fp32"), eps=1e-5,
+    )
+    best = tune.Tuner(90).best(call)
+    assert best in candidates(call) and best.inputs["squares"] == "fp32"
+    (squares,) = (raw.view(np.float32) for raw in uploaded if raw.nbytes == 4 * 2 * 700 * 24)
+    assert squares.min() >= 0 and squares.mean() == pytest.approx(0.01, rel=0.1)
+    assert {len(arguments) for _, _, arguments in device[0].launched} <= {5, 6}  # and scratch
+
+
 def test_what_is_known_is_not_timed_again(device, tmp_path):
     """A second process reads the file and needs no GPU; another length is another case."""
     first = tune.Tuner(90, tmp_path / "t.json")

@@ -236,12 +236,17 @@ INTEGERS = {
 }
 FLOATS = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
+    "max": np.maximum,
     "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
 }
 
 
 def arithmetic(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
     kind = name.split(".")[0]
+    if name == "and.pred":
+        found = warp.predicates[ops[1]] & warp.predicates[ops[2]]
+        warp.predicates[ops[0]] = np.where(active, found, warp.predicates[ops[0]])
+        return None
     values = [warp.get(o) for o in ops[1:]]
     if name.endswith(".f32"):
         with np.errstate(all="ignore"):
@@ -274,16 +279,33 @@ def convert(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> No
     return warp.put(ops[0], warp.get(ops[1]) & WORD, active)
 
 
+def shuffle(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
+    """Every thread takes the number of the one whose lane differs by a mask."""
+    assert name == "shfl.sync.bfly.b32" and ops[3:] == ("31", "-1") and active.all()
+    warp.put(ops[0], warp.get(ops[1])[LANES ^ int(ops[2])], active)
+
+
+def root(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
+    """One over the root, and one over."""
+    with np.errstate(all="ignore"):
+        x = warp.get(ops[1])
+        warp.put(ops[0], np.float32(1) / (np.sqrt(x) if name.startswith("rsqrt") else x), active)
+
+
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "ge": np.greater_equal}
 
 
 def compare(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
-    _, relation, kind = name.split(".")
-    a, b = (warp.get(o) & WORD for o in ops[1:])
+    _, relation, *both, kind = name.split(".")
+    a, b = (warp.get(o) & WORD for o in ops[1:3])
     if kind == "s32":
         a, b = _signed(a), _signed(b)
     old = warp.predicates.get(ops[0], np.zeros(32, bool))
-    warp.predicates[ops[0]] = np.where(active, COMPARE[relation](a, b), old)
+    found = COMPARE[relation](a, b)
+    if both:
+        assert both == ["and"], name
+        found = found & warp.predicates[ops[3]]
+    warp.predicates[ops[0]] = np.where(active, found, old)
 
 
 def select(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
@@ -448,7 +470,7 @@ def mbarrier(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> N
                 address %= CTA_AT
             owner.barriers[address].step(arrivals=1)
         else:
-            parity = int(warp.get("parity")[lane])
+            parity = int(warp.get(ops[2])[lane])
             ready = block.barriers[address].phases % 2 != parity
             old = warp.predicates.get(ops[0], np.zeros(32, bool)).copy()
             old[lane] = ready
@@ -575,7 +597,8 @@ HANDLERS = {
     "mov": move, "cvt": convert, "setp": compare, "selp": select, "ex2": exponent, "ld": load,
     "st": store, "ldmatrix": matrices, "stmatrix": matrices, "wgmma": multiply,
     "bar": synchronize, "barrier": synchronize, "mbarrier": mbarrier, "mapa": map_address,
-    "tensormap": tensor_map, "cp": bulk, "ret": leave, "fence": nothing, "setmaxnreg": nothing,
+    "shfl": shuffle, "rsqrt": root, "rcp": root, "tensormap": tensor_map, "cp": bulk,
+    "ret": leave, "fence": nothing, "setmaxnreg": nothing,
 }
 
 

@@ -24,16 +24,23 @@ MANY = POINTERS if ON_GPU else POINTERS[-3:]
 FEW = linear.LINEAR_FEW.tactics if ON_GPU else linear.LINEAR_FEW.tactics[-2:]
 
 
-def check(shape, inner, columns, turned, tactic, dtype, flat=False):
+def check(shape, inner, columns, turned, tactic, dtype, flat=False, parts=0):
     """One product; rows of other sequences and columns beyond the end must not matter."""
     x = make(1, *shape, inner, dtype=dtype)
     weight = make(2, *((columns, inner) if turned else (inner, columns)), dtype=dtype)
+    squares = make(3, *shape, parts).square() if parts else None
     picked = {"linear": tactic, "linear_few": tactic}
-    (call,) = linear.calls(spec_of(x), spec_of(weight), turned, flat, picked)
-    got = run((call,), {"x": x, "weight": weight})["y"]
-    assert call.kernel.name == ("linear" if shape[1] > linear.FEW else "linear_few")
+    (call,) = linear.calls(
+        spec_of(x), spec_of(weight), turned, flat, picked,
+        None if squares is None else spec_of(squares), 0.25,
+    )
+    got = run((call,), {"x": x, "weight": weight, "squares": squares})["y"]
+    few = shape[1] <= linear.FEW and not parts
+    assert call.kernel.name == ("linear_few" if few else "linear")
     wide = weight.double().cpu()
     expected = x.double().cpu() @ (wide.T if turned else wide)
+    if parts:
+        expected /= (squares.double().cpu().sum(2, keepdim=True) / inner + 0.25).sqrt()
     close(got, expected[:, 0] if flat else expected, TOLERANCE[dtype], f"y with {tactic}")
 
 
@@ -62,6 +69,25 @@ def test_descriptors(batch, length, inner, columns, turned, dtype):
         check((batch, length), inner, columns, turned, picked, dtype)
         if ON_GPU:
             check((batch, length), inner, columns, turned, tactic, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [1, 16, 37])
+def test_scaled_rows(parts, dtype):
+    """Rows divided by a root mean square that comes in parts; a few of them alone too."""
+    tactics = [MANY[-1]]
+    if dtype != torch.float32:
+        tactics = MANY + DESCRIPTORS if ON_GPU else [*tactics, DESCRIPTORS[-1]]
+    for tactic in tactics:
+        check((2, 45), 64, 72, True, tactic, dtype, parts=parts)
+        check((3, 2), 64, 72, True, tactic, dtype, parts=parts)
+
+
+def test_squares_that_do_not_fit():
+    """Of other rows, and in 16 bits."""
+    for squares in (Spec((2, 4, 8), "fp32"), Spec((2, 3, 8), "fp16")):
+        with pytest.raises(ValueError, match="expected float32 for each row"):
+            linear.calls(Spec((2, 3, 8), "fp16"), Spec((8, 4), "fp16"), squares=squares)
 
 
 def test_what_descriptors_cannot_hold():

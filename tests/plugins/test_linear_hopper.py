@@ -30,22 +30,23 @@ PLAIN = hopper.Product(
 )
 
 
-def call_with(tactic, dtype="fp16", rows=(2, 300), inner=200, columns=264):
-    """One launch, of a weight stored as [N, K]."""
+def call_with(tactic, dtype="fp16", rows=(2, 300), inner=200, columns=264, parts=0):
+    """One launch, of a weight stored as [N, K]; rows are scaled where they come with sums."""
     (call,) = linear.calls(
         Spec((*rows, inner), dtype), Spec((columns, inner), dtype), turned=True,
-        tactics={"linear": tactic},
+        tactics={"linear": tactic}, squares=Spec((*rows, parts), "fp32") if parts else None,
     )
     return call
 
 
+@pytest.mark.parametrize("parts", [0, 24, 37, 80])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tactic", TACTICS, ids=str)
-def test_the_assembler_takes_it(tactic, dtype, tmp_path):
+def test_the_assembler_takes_it(tactic, dtype, parts, tmp_path):
     """No spills, and none of the remarks by which it says that products wait for each other."""
     from triton import knobs
 
-    compiled = compile_call(call_with(tactic, dtype), 90)
+    compiled = compile_call(call_with(tactic, dtype, parts=parts), 90)
     source = tmp_path / "kernel.ptx"
     source.write_text(compiled.ptx)
     command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", f"{source}.o"]
@@ -135,24 +136,29 @@ def test_every_tile_once(rows, columns, block_n, groups, high, blocks, tall):
 
 
 @pytest.mark.parametrize(
-    ("shape", "tile", "blocks", "programs", "dtype"),
+    ("shape", "tile", "blocks", "programs", "dtype", "parts"),
     [
-        ((1, 100, 264, 72), (192, 2, 1, 4), 1, 2, "fp16"),
-        ((2, 150, 328, 200), (160, 2, 2, 4), 1, 4, "bf16"),
-        ((1, 300, 264, 136), (256, 2, 1, 4), 2, 2, "fp16"),
+        ((1, 100, 264, 72), (192, 2, 1, 4), 1, 2, "fp16", 0),
+        ((2, 150, 328, 200), (160, 2, 2, 4), 1, 4, "bf16", 0),
+        ((1, 300, 264, 136), (256, 2, 1, 4), 2, 2, "fp16", 0),
         # An odd number of pieces of results: the last of a tile and the first of the next share.
-        ((3, 70, 232, 64), (224, 1, 1, 2), 2, 4, "bf16"),
-        ((1, 129, 200, 328), (96, 2, 2, 3), 1, 1, "fp16"),
-        ((1, 7, 8, 8), (192, 1, 2, 2), 1, 3, "fp16"),
+        ((3, 70, 232, 64), (224, 1, 1, 2), 2, 4, "bf16", 0),
+        ((1, 129, 200, 328), (96, 2, 2, 3), 1, 1, "fp16", 0),
+        ((1, 7, 8, 8), (192, 1, 2, 2), 1, 3, "fp16", 0),
+        ((2, 150, 328, 200), (160, 2, 2, 4), 1, 4, "bf16", 24),
+        ((1, 300, 264, 136), (256, 2, 1, 4), 2, 2, "fp16", 37),
+        ((1, 7, 8, 8), (192, 1, 2, 2), 1, 3, "fp16", 1),
     ],
 )
 @pytest.mark.parametrize("order", ORDERS)
-def test_run_by_the_machine(shape, tile, blocks, programs, dtype, order):
+def test_run_by_the_machine(shape, tile, blocks, programs, dtype, parts, order):
     """Whole tiles and parts of them, more stages than steps and fewer, more blocks than tiles and
-    fewer; nothing is written that should not be."""
+    fewer, rows as they are and scaled; nothing is written that should not be."""
     batch, length, columns, inner = shape
     block_n, groups, high, stages = tile
-    made = hopper.Product(inner, columns, dtype, block_n, groups, high, stages, blocks, 2, programs)
+    made = hopper.Product(
+        inner, columns, dtype, block_n, groups, high, stages, blocks, 2, programs, parts, 0.5
+    )
     kind = {"fp16": "f16", "bf16": "bf16"}[dtype]
     random = np.random.default_rng(0)
     x = to_bits(random.standard_normal((batch, length, inner)), kind)
@@ -160,10 +166,13 @@ def test_run_by_the_machine(shape, tile, blocks, programs, dtype, order):
     y = to_bits(np.full((batch, length, columns), np.nan), kind)
     scratch = np.zeros(programs * batch * hopper.MAPS * 128, np.uint8)
     memory = GlobalMemory()
-    at = [memory.add(array) for array in (x, weight, y, scratch)]
-    arguments = (at[0], at[1], length, at[2], at[3], 0)
+    squares = random.random((batch, length, parts), np.float32)
+    inputs = [memory.add(array) for array in ((x, weight, squares) if parts else (x, weight))]
+    arguments = (*inputs, length, memory.add(y), memory.add(scratch), 0)
     code = hopper.write(made, "k")
     Machine(code, (programs, batch), made.shared, memory, arguments, order).run()
     expected = to_float(x, kind).astype(float) @ to_float(weight, kind).astype(float).T
+    if parts:
+        expected /= np.sqrt(squares.sum(2, dtype=float, keepdims=True) / inner + 0.5)
     error = np.linalg.norm(to_float(y, kind) - expected) / np.linalg.norm(expected)
     assert error < {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]

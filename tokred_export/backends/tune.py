@@ -220,13 +220,15 @@ class Tuner:
 
     def _arguments(self, compiled: Compiled, call: Call) -> tuple[list[int | np.int32], int]:
         """Addresses and int32 extras in the entry's order, and the batch."""
-        (output,) = call.outputs.values()
-        batch, inner = output.shape[0], int(call.constants["K"])
+        batch, inner = call.outputs["y"].shape[0], int(call.constants["K"])
         length, columns = call.extras["length"], int(call.constants["N"])
         specs = {
             "x": Spec((batch, length, inner), call.inputs["x"]),
-            "weight": Spec((inner, columns), call.inputs["weight"]), "y": output,
+            "weight": Spec((inner, columns), call.inputs["weight"]),
+            "y": call.outputs["y"],
         }
+        if "squares" in call.inputs:
+            specs["squares"] = Spec((batch, length, int(call.constants["PARTS"])), "fp32")
         values: list[int | np.int32] = []
         for parameter in compiled.parameters:
             if parameter.role == "extra":
@@ -241,7 +243,7 @@ class Tuner:
         held = self._buffers.get(name)
         address = self._room(name, size)
         if self._buffers[name] != held:
-            self._device.upload(_random_bytes(size, spec.dtype), address)
+            self._device.upload(_random_bytes(size, spec.dtype, name == "squares"), address)
         return address
 
     def _room(self, name: str, size: int) -> int:
@@ -262,9 +264,11 @@ def _numbers(raw: np.ndarray, dtype: str) -> np.ndarray:
     return raw.view(np.float32 if dtype == "fp32" else np.float16).astype(np.float32)
 
 
-def _random_bytes(size: int, dtype: str) -> np.ndarray:
-    """Numbers of a standard deviation of a tenth; zeros would run faster than real data."""
+def _random_bytes(size: int, dtype: str, squares: bool = False) -> np.ndarray:
+    """Numbers of a standard deviation of a tenth, or squares of such; zeros would run faster than
+    real data."""
     block = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32) / 10
+    block = block * block if squares else block
     if dtype == "bf16":
         raw = (block.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     else:

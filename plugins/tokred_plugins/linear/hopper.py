@@ -7,6 +7,9 @@ to the accelerator, while operands of the next tile come in. Tiles may be of wid
 powers of two. Two blocks may work together (a cluster) on tiles one above the other: each reads
 half of the weights that both need, and the accelerator delivers it to both.
 
+Rows may be scaled as a norm scales them: each thread adds up the squares of its rows while the
+first products of a tile run, and multiplies what it has summed.
+
 Sources: the PTX ISA, 8.6 (wgmma and its descriptors, cp.async.bulk.tensor, mbarrier,
 tensormap.replace); the order of arrivals is that of CUTLASS's ``PipelineTmaAsync``.
 """
@@ -21,6 +24,7 @@ from tokred_plugins.kernels import Call, Written
 from tokred_plugins.ptx import DEEP, GROUP_THREADS, MAP_BYTES, ROW_BYTES, ROWS
 
 MAPS = 3
+_AT_ONCE = 40, 8  # sums of squares loaded before the first is used; where registers are few
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Product:
             other.
         tall: stacks down that are done before the next one across.
         programs: blocks of threads in all.
+        parts: sums of squares that come with each row, by whose root mean square it is divided;
+            0 leaves rows as they are.
+        eps: what is added to the mean square.
     """
 
     inner: int
@@ -51,6 +58,13 @@ class Product:
     blocks: int
     tall: int
     programs: int
+    parts: int = 0
+    eps: float = 0.0
+
+    @property
+    def sums(self) -> int:
+        """Numbers of a tile that a thread has."""
+        return self.high * self.block_n // 2
 
     @property
     def block_m(self) -> int:
@@ -117,14 +131,16 @@ def written(call: Call) -> Written:
         inner=int(call.constants["K"]), columns=int(call.constants["N"]), dtype=call.inputs["x"],
         block_n=blocks["BLOCK_N"], groups=groups, high=blocks["BLOCK_M"] // (ROWS * groups),
         stages=call.tactic.num_stages, blocks=cluster, tall=blocks["GROUP"] // cluster,
-        programs=blocks["PROGRAMS"],
+        programs=blocks["PROGRAMS"], parts=int(call.constants["PARTS"]),
+        eps=float(call.constants["EPS"]),
     )
     name = "linear_hopper"
     return Written(write(product, name), name, product.shared, MAPS * MAP_BYTES)
 
 
 def write(product: Product, name: str) -> str:
-    """The PTX of ``name(x, weight, length, y, scratch, profile)``, for sm_90a.
+    """The PTX of ``name(x, weight, length, y, scratch, profile)``, for sm_90a; where rows are
+    scaled, ``squares`` comes after ``weight``.
 
     ``x`` has ``length`` rows for each block along z of the grid; those of the first do all rows.
     ``scratch`` is ``MAPS * 128`` bytes for each block, aligned to 128; ``profile`` is not read.
@@ -137,18 +153,27 @@ def write(product: Product, name: str) -> str:
         # Shared memory stays until the other block has done with it.
         lines += ["barrier.cluster.arrive;", "barrier.cluster.wait;"]
     lines += ["ret;"]
-    parameters = (("x", "pointer"), ("weight", "pointer"), ("length", "int"), ("y", "pointer"))
+    parameters = [(p, "pointer") for p in _inputs(product)]
+    parameters += [("length", "int"), ("y", "pointer")]
     return ptx.entry(name, parameters, product.threads, product.blocks, lines)
+
+
+def _inputs(product: Product) -> tuple[str, ...]:
+    return ("x", "weight", "squares") if product.parts else ("x", "weight")
 
 
 def _registers(product: Product) -> Iterator[str]:
     yield from ptx.common_registers()
     yield ".reg .pred signals;"
     yield ".reg .b32 rank, rows, stacks_m, stacks, stack, before, down, across, k, remote;"
-    yield ".reg .b64 x, weight, y, scratch, map_x, map_w, map_y, desc_a, desc_low, desc_b;"
-    yield f".reg .f32 sum<{product.high * product.block_n // 2}>;"
+    yield ".reg .b64 x, weight, y, scratch, from, map_x, map_w, map_y, desc_a, desc_low, desc_b;"
+    yield f".reg .f32 sum<{product.sums}>;"
     yield ".reg .b32 two<4>, to<4>;"
     yield ".reg .b16 all;"
+    if product.parts:
+        yield ".reg .b64 squares;"
+        yield f".reg .f32 scale<{2 * product.high}>, part<{_AT_ONCE[0]}>;"
+    yield ".reg .f32 f;"
 
 
 def _prepare(product: Product, name: str) -> Iterator[str]:
@@ -156,7 +181,7 @@ def _prepare(product: Product, name: str) -> Iterator[str]:
     yield "mov.u32 t, %ctaid.z;"
     yield "setp.ne.u32 p, t, 0;"
     yield "@p ret;"
-    for register in ("x", "weight", "y", "scratch"):
+    for register in (*_inputs(product), "y", "scratch"):
         yield f"ld.param.u64 {register}, [{name}_{register}];"
     yield f"ld.param.u32 rows, [{name}_length];"
     yield "mov.u32 t, %nctaid.z;"
@@ -294,7 +319,7 @@ def _multiply(product: Product, group: int) -> Iterator[str]:
     yield f"add.u32 row, row, {first};"
     # The first product could begin the sums itself; but then ptxas 12.8 finds that they have no
     # value before, and lets all products wait for each other (its remark C7515).
-    for i in range(product.high * product.block_n // 2):
+    for i in range(product.sums):
         yield f"mov.f32 sum{i}, 0f00000000;"
     yield "mov.u32 k, 0;"
     yield f"STEP{group}:"
@@ -302,8 +327,12 @@ def _multiply(product: Product, group: int) -> Iterator[str]:
     yield from ptx.wait("bar", f"STEP_WAIT{group}")
     yield from _step(product, group)
     yield "wgmma.wait_group.sync.aligned 1;"
-    yield "setp.eq.u32 q, k, 0;"
-    yield f"@q bra NOT_YET{group};"
+    yield "setp.ne.u32 q, k, 0;"
+    yield f"@q bra DONE_BEFORE{group};"
+    if product.parts:
+        yield from _scales(product)
+    yield f"bra NOT_YET{group};"
+    yield f"DONE_BEFORE{group}:"
     yield from _release(product)
     yield f"NOT_YET{group}:"
     yield "mov.u32 before, stage;"
@@ -351,6 +380,56 @@ def _step(product: Product, group: int) -> Iterator[str]:
     yield "wgmma.commit_group.sync.aligned;"
 
 
+def _first_row(register: str) -> Iterator[str]:
+    """The first of this thread's rows in the tile, whose first is ``row``."""
+    yield "shr.u32 u, thread, 5;"
+    yield "shl.b32 u, u, 4;"
+    yield f"shr.u32 {register}, lane, 2;"
+    yield f"add.u32 {register}, {register}, u;"
+    yield f"add.u32 {register}, {register}, row;"
+
+
+def _scales(product: Product) -> Iterator[str]:
+    """One over the root mean square of each of this thread's rows; the four threads that have a
+    row in common add up a quarter each."""
+    parts, rows = product.parts, 2 * product.high
+    few = product.sums > 128  # registers that are left
+    width = 1 if few or parts % 4 else 4  # numbers of one load
+    yield from _first_row("t")
+    yield "and.b32 v, lane, 3;"
+    yield f"mul.lo.u32 v, v, {width};"
+    for i in range(rows):
+        yield f"mov.f32 scale{i}, 0f00000000;"
+    loads = [(i, at) for i in range(rows) for at in range(0, parts, 4 * width)]
+    together = _AT_ONCE[few] // width
+    for first in range(0, len(loads), together):
+        here = list(enumerate(loads[first : first + together]))
+        for slot, (i, at) in here:
+            yield f"add.u32 u, t, {ROWS * (i // 2) + 8 * (i % 2)};"
+            yield "setp.lt.u32 p, u, rows;"
+            if at + 4 * width > parts:
+                yield f"setp.lt.and.u32 p, v, {parts - at}, p;"
+            yield f"mad.lo.u32 u, u, {parts}, v;"
+            yield "mul.wide.u32 from, u, 4;"
+            yield "add.u64 from, from, squares;"
+            found = [f"part{width * slot + k}" for k in range(width)]
+            for part in found:
+                yield f"mov.f32 {part}, 0f00000000;"
+            vector = f".v4.f32 {{{', '.join(found)}}}" if width == 4 else f".f32 {found[0]}"
+            yield f"@p ld.global{vector}, [from + {4 * at}];"
+        for slot, (i, _) in here:
+            for k in range(width):
+                yield f"add.f32 scale{i}, scale{i}, part{width * slot + k};"
+    for i in range(rows):
+        scale = f"scale{i}"
+        for apart in (1, 2):
+            yield f"shfl.sync.bfly.b32 f, {scale}, {apart}, 31, -1;"
+            yield f"add.f32 {scale}, {scale}, f;"
+        yield f"mov.f32 f, {ptx.float_literal(product.eps)};"
+        yield f"fma.rn.f32 {scale}, {scale}, {ptx.float_literal(1 / product.inner)}, f;"
+        yield f"rsqrt.approx.ftz.f32 {scale}, {scale};"
+
+
 def _release(product: Product) -> Iterator[str]:
     """Tell every block that delivers here that the stage ``before`` may be filled again."""
     yield "mad.lo.u32 bar, before, 8, empty;"
@@ -375,6 +454,10 @@ def _store(product: Product, barrier: int, out: int) -> Iterator[str]:
         yield f"bar.sync {barrier}, {GROUP_THREADS};"
         for across in range(product.piece // 16):
             first = product.piece // 2 * piece + 8 * across
+            if product.parts:
+                for number in range(8):
+                    total = f"sum{first + number}"
+                    yield f"mul.f32 {total}, {total}, scale{2 * i + number // 2 % 2};"
             for j in range(4):
                 low = first + 2 * j
                 yield ptx.round_two(f"two{j}", f"sum{low}", f"sum{low + 1}", product.dtype)

@@ -2,7 +2,8 @@
 compute capability 9.0 also in PTX, which :mod:`tokred_plugins.linear.hopper` writes.
 
 No op of its own: :mod:`tokred_export.export.lower` puts them in the place of MatMul nodes, for
-TensorRT 8's own 16-bit products sum in float16.
+TensorRT 8's own 16-bit products sum in float16. Rows of x may come as they were before a norm, with
+sums of their squares: what is linear in a row can be divided by its root mean square afterwards.
 """
 
 from __future__ import annotations
@@ -27,26 +28,38 @@ def _place(tile, tiles_m, tiles_n: tl.constexpr, GROUP: tl.constexpr):
     return first + inside % rows_here, inside // rows_here
 
 
+@triton.jit
+def _scales(squares, row, in_m, K: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr):
+    """One over the root mean square of each row [M]."""
+    total = tl.zeros(row.shape, tl.float32)
+    for first in tl.static_range(0, PARTS, 16):
+        part = first + tl.arange(0, 16)[None, :]
+        at = squares + row.to(tl.int64)[:, None] * PARTS + part
+        total += tl.sum(tl.load(at, mask=in_m[:, None] & (part < PARTS), other=0), axis=1)
+    return tl.rsqrt(total / K + EPS)
+
+
 @triton.jit(do_not_specialize=["length"])
 def linear_kernel(
-    x, weight, length, y,
+    x, weight, squares, length, y,
     K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, EPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, CLUSTER: tl.constexpr,
 ):
     tl.static_assert(CLUSTER == 0, "with clusters it is hopper.py's")
     if PROGRAMS > 0:
-        _by_descriptors(x, weight, length, y, K, N, TURNED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-                        PROGRAMS)
+        _by_descriptors(x, weight, squares, length, y, K, N, TURNED, PARTS, EPS, BLOCK_M, BLOCK_N,
+                        BLOCK_K, GROUP, PROGRAMS)
     else:
-        _by_pointers(x, weight, length, y, K, N, TURNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                     GROUP)
+        _by_pointers(x, weight, squares, length, y, K, N, TURNED, PRECISION, PARTS, EPS, BLOCK_M,
+                     BLOCK_N, BLOCK_K, GROUP)
 
 
 @triton.jit
 def _by_descriptors(
-    x, weight, length, y,
-    K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr,
+    x, weight, squares, length, y,
+    K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
@@ -72,13 +85,17 @@ def _by_descriptors(
                 else:
                     b = columns.load([at, across * BLOCK_N])
                 acc = tl.dot(a, b, acc=acc)
+            if squares is not None:
+                m = down * BLOCK_M + tl.arange(0, BLOCK_M)
+                acc *= _scales(squares, m, m < rows, K, PARTS, EPS)[:, None]
             result.store([down * BLOCK_M, across * BLOCK_N], acc.to(result.dtype))
 
 
 @triton.jit
 def _by_pointers(
-    x, weight, length, y,
+    x, weight, squares, length, y,
     K: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, EPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):
     batch = tl.program_id(2).to(tl.int64)
@@ -107,6 +124,8 @@ def _by_pointers(
         acc = tl.dot(a, b, acc=acc, input_precision=PRECISION)
         x += BLOCK_K
         weight += BLOCK_K * step
+    if squares is not None:
+        acc *= _scales(squares + batch * length * PARTS, m, m < length, K, PARTS, EPS)[:, None]
     out = y + (batch * length + m.to(tl.int64)[:, None]) * N + n[None, :]
     tl.store(out, acc.to(y.dtype.element_ty), mask=(m < length)[:, None] & in_n)
 
@@ -162,7 +181,7 @@ def _hopper(m: int, n: int, groups: int, stages: int, cluster: int = 1) -> Tacti
 
 
 LINEAR = Kernel(
-    "linear", linear_kernel, ("x", "weight"), ("length",), ("y",),
+    "linear", linear_kernel, ("x", "weight", "squares"), ("length",), ("y",),
     (
         *(
             _tactic(*sizes)
@@ -211,9 +230,11 @@ def described(constants: Mapping[str, Constant], cluster: Constant) -> bool:
 
 def calls(
     x: Spec, weight: Spec, turned: bool = False, flat: bool = False,
-    tactics: Mapping[str, Tactic] | None = None,
+    tactics: Mapping[str, Tactic] | None = None, squares: Spec | None = None, eps: float = 0.0,
 ) -> tuple[Call, ...]:
     """The launch of y = x [B, L, K] @ weight [K, N], in x's dtype, summed in float32.
+
+    With ``squares``, rows of y are divided by sqrt(mean square + eps) of the rows of x.
 
     Args:
         x: rows.
@@ -221,6 +242,8 @@ def calls(
         turned: the weight is stored as [N, K], as an embedding is.
         flat: L is 1, and y is described as [B, N] instead of [B, 1, N].
         tactics: kernel name -> tactic, where not the default.
+        squares: float32 [B, L, S]: of each row S numbers whose sum is that of its squares.
+        eps: added to the mean square.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -232,7 +255,9 @@ def calls(
     if kept != inner or (flat and length != 1):
         raise ValueError(f"x {x.shape} cannot be multiplied with a weight {weight.shape}")
     shape = (batch, columns) if flat else (batch, length, columns)
-    few = length <= FEW
+    if squares is not None and (squares.shape[:2] != x.shape[:2] or squares.dtype != "fp32"):
+        raise ValueError(f"squares are {squares}, expected float32 for each row of x {x.shape}")
+    few = length <= FEW and squares is None
     kernel = LINEAR_FEW if few else LINEAR
     default = kernel.tactics[-1] if x.dtype == "fp32" else kernel.tactics[0]
     tactic = choose(kernel, tactics, default)
@@ -245,9 +270,14 @@ def calls(
             f"rows of {inner} and {columns} {x.dtype} numbers, {stored}, fit no descriptor of "
             f"{kernel.name} with {tactic}"
         )
+    inputs = {"x": x.dtype, "weight": weight.dtype}
+    if squares is not None:
+        inputs["squares"] = squares.dtype
+    if not few:
+        constants |= {"PARTS": squares.shape[2] if squares is not None else 0, "EPS": eps}
     call = Call(
         kernel=kernel,
-        inputs={"x": x.dtype, "weight": weight.dtype},
+        inputs=inputs,
         extras={"length": length},
         outputs={"y": Spec(shape, x.dtype)},
         constants=constants,

@@ -13,7 +13,8 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     from tokred_plugins.linear import kernel
 
     return kernel.calls(
-        specs["x"], specs["weight"], bool(attributes["turned"]), bool(attributes["flat"])
+        specs["x"], specs["weight"], bool(attributes["turned"]), bool(attributes["flat"]),
+        squares=specs.get("squares"), eps=float(attributes.get("eps", 0.0)),
     )
 
 
@@ -34,7 +35,7 @@ def few_grid(sizes: Mapping[str, int], now: Grid) -> Grid:
 
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 FACE = KernelFace(
-    ("x", "weight"), ("y",), calls,
+    ("x", "weight", "squares"), ("y",), calls,
     {
         "linear": Tuning((*BLOCKS, "GROUP", "PROGRAMS", "CLUSTER"), grid, ("PROGRAMS",)),
         "linear_few": Tuning(BLOCKS, few_grid),
