@@ -43,11 +43,13 @@ def calls(batch=1, length=200, heads=80, groups=1, states=128, dtype="fp16", **o
 @pytest.mark.parametrize("d_dtype", ["fp32", "16 bit"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("together", [1, 2])
-def test_the_assembler_takes_it(together, dtype, d_dtype, tmp_path):
+@pytest.mark.parametrize("z_columns", [0, 3352], ids=["", "gated"])
+def test_the_assembler_takes_it(z_columns, together, dtype, d_dtype, tmp_path):
     """No spills, and none of the remarks by which it says that products wait for each other."""
     from triton import knobs
 
-    walk = hopper.Walk(24, 1, dtype, dtype if d_dtype == "16 bit" else d_dtype, together)
+    d_dtype = dtype if d_dtype == "16 bit" else d_dtype
+    walk = hopper.Walk(24, 1, dtype, d_dtype, together, z_columns)
     source = tmp_path / "kernel.ptx"
     source.write_text(hopper.write(walk, "k"))
     command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", f"{source}.o"]
@@ -57,18 +59,20 @@ def test_the_assembler_takes_it(together, dtype, d_dtype, tmp_path):
     assert not re.search(r"warning|C75\d\d|serializ", done.stderr), done.stderr
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize(
-    ("batch", "heads", "together"), [(1, 80, 1), (8, 80, 2), (8, 24, 2), (8, 16, 1), (3, 75, 1)]
+    ("batch", "heads", "together"), [(1, 80, 1), (8, 80, 2), (8, 24, 2), (8, 16, 1), (3, 40, 1)]
 )
-def test_which_is_launched(batch, heads, together):
+def test_which_is_launched(batch, heads, together, gated):
     """One head a program where that fills the GPU or two would leave it idle; a group's heads
     in pairs."""
-    steps, scan = calls(batch, heads=heads)
-    assert steps.kernel.name == "ssd_steps" and scan.kernel.name == "ssd_scan_hopper"
+    steps, scan = calls(batch, heads=heads, gated=gated)
+    name = "ssd_scan_hopper_gated" if gated else "ssd_scan_hopper"
+    assert steps.kernel.name == "ssd_steps" and scan.kernel.name == name
     assert scan.tactic.blocks == {"HEADS": together} and scan.grid == (heads // together, 1)
     compiled = compile_call(scan, 90)
     assert compiled.block == 128 * (together + 1) and compiled.shared <= SHARED_LIMITS[90]
-    assert compiled.scratch == 256 and compiled.hidden == 1
+    assert compiled.scratch == (384 if gated else 256) and compiled.hidden == 1
     for target in (89, 100):
         with pytest.raises(DoesNotFit, match=r"compute capability 9\.0, not"):
             compile_call(scan, target)
@@ -85,9 +89,11 @@ def test_heads_of_a_group():
 
 def test_fences():
     """Before what threads wrote is read by others than threads."""
-    check_fences(hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2), "k"))
+    for z_columns in (0, 3352):
+        check_fences(hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, z_columns), "k"))
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize(
     "other",
     [{"scratch": False}, {"target": 100}, {"target": None}, {"dtype": "fp32"}, {"states": 64},
@@ -95,9 +101,17 @@ def test_fences():
      {"tactics": {"ssd_scan": launches.SSD_SCAN.tactics[0]}}],
     ids="-".join,
 )
-def test_where_triton_s_is_launched(other):
-    """What the PTX does not do, and where nobody passes scratch memory."""
-    assert [c.kernel.name for c in calls(segments=1, **other)] == ["ssd_steps", "ssd_scan"]
+def test_where_triton_s_is_launched(other, gated):
+    """What the PTX does not do, and where nobody passes scratch memory; it does not gate."""
+    made = calls(segments=1, gated=gated, **other)
+    assert [c.kernel.name for c in made] == ["ssd_steps", "ssd_scan"]
+    assert list(made[1].outputs) == ["y", "state"]
+
+
+def test_rows_of_z_that_are_no_whole_16_bytes():
+    """The accelerator reads none such: 75 heads are not gated."""
+    names = [calls(segments=1, heads=heads, gated=True)[1].kernel.name for heads in (75, 72)]
+    assert names == ["ssd_scan_hopper", "ssd_scan_hopper_gated"]
 
 
 def bits(tensor):
@@ -118,8 +132,9 @@ def bits(tensor):
         (1, 2, 1, [0, 1], 1, "fp16", "fp32"),
     ],
 )
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtype, order):
+def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtype, order, gated):
     """Against float64: parts of chunks, padding of some, of whole chunks and of all; strong decay,
     and every row written."""
     random = torch.Generator().manual_seed(0)
@@ -142,17 +157,27 @@ def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtyp
     run = (dt * -wide[3].exp() / math.log(2)).cumsum(2)
     steps = torch.stack([dt, run], -1).permute(0, 3, 1, 2, 4).float().contiguous()
 
-    walk = hopper.Walk(heads, groups, dtype, d_dtype, together)
+    z_columns = heads * 64 + columns + 8 if gated else 0
+    walk = hopper.Walk(heads, groups, dtype, d_dtype, together, z_columns)
+    z = (3 * normal(batch, length, z_columns)).to(DTYPES[dtype])
     y = torch.full((batch, length, heads * 64), torch.nan, dtype=DTYPES[dtype])
     state = torch.full((batch, heads, 64, 128), torch.nan)
     grid = (heads // together, batch)
+    squares = torch.full((batch, length, heads), torch.nan)
     memory = GlobalMemory()
-    at = [memory.add(bits(t)) for t in (xbc, d, rows, steps, y, state)]
-    scratch = memory.add(np.zeros(math.prod(grid) * hopper.MAPS * 128, np.uint8))
-    arguments = (*at[:4], length, chunks, *at[4:], scratch, 0)
+    read = (xbc, z, d, rows, steps) if gated else (xbc, d, rows, steps)
+    written = (y, squares, state) if gated else (y, state)
+    inputs, outputs = ([memory.add(bits(t)) for t in tensors] for tensors in (read, written))
+    scratch = memory.add(np.zeros(math.prod(grid) * walk.maps * 128, np.uint8))
+    arguments = (*inputs, length, chunks, *outputs, scratch, 0)
     Machine(hopper.write(walk, "k"), grid, walk.shared, memory, arguments, order).run()
     found = torch.from_numpy(to_float(bits(y), KINDS[dtype]).reshape(y.shape)), state
     # Rounded operands and a rounded y: one and a half times 2^-11 or 2^-8 over the root of 3.
     limit = {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]
+    if gated:
+        g = expected[0] * F.silu(z[:, :, : heads * 64].double())
+        expected = g, expected[1], g.view(batch, length, heads, 64).square().sum(3)
+        found += (squares,)
     for got, want in zip(found, expected, strict=True):
-        assert (got.double() - want).norm() <= limit * want.norm()
+        times = 2 if got is squares else 1  # what a square does to an error
+        assert (got.double() - want).norm() <= times * limit * want.norm()

@@ -15,6 +15,10 @@ For each chunk of 64 tokens and head (ssd_scan's README.md has the formulas):
     out = out * exp2(run_i) + D x + mixed x
     state = state * exp2(last) + (x * exp2(last - run_j) * dt_j)^T B
 
+Gated, what is written is out * silu(z), and for each token and head the sum of its squares. Tiles
+of z are read two chunks ahead, into the places from which results leave, of which there are two
+then.
+
 The state stays in float32 in registers, [P, N]; the copy that the next chunk's product reads is
 rounded. Sources: the PTX ISA, 8.6, for the layouts of ``wgmma`` (register fragments, descriptors of
 operands read along and across their rows), ``ldmatrix`` and ``stmatrix``.
@@ -22,6 +26,7 @@ operands read along and across their rows), ``ldmatrix`` and ``stmatrix``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,10 +36,11 @@ from tokred_plugins.kernels import Call, Written
 CHUNK = 64
 HEAD_DIM = 64
 STATES = 128
-MAPS = 2
 STAGES = 3
 _TILE = 64 * ptx.ROW_BYTES  # bytes of 64 rows of 64 numbers
 _STEPS = CHUNK * 8  # bytes of dt and its running decay, in float32
+_GATES = 16  # bytes of a head's barriers for z
+_LEAST = -40.0  # below it silu(z) is nothing: two exponents of what is above it can be multiplied
 _COPY = 2 * _TILE  # bytes of the state, rounded: [P, N] in two tiles
 
 
@@ -48,6 +54,7 @@ class Walk:
         dtype: fp16 or bf16, of x, B, C and y.
         d_dtype: fp32, fp16 or bf16, of D.
         together: heads a block of threads walks: 1 or 2, of one group.
+        z_columns: of the projection that begins with z, a multiple of 8; 0 where nothing is gated.
     """
 
     heads: int
@@ -55,6 +62,12 @@ class Walk:
     dtype: str
     d_dtype: str
     together: int
+    z_columns: int = 0
+
+    @property
+    def maps(self) -> int:
+        """Of x, B and C, of results, and of z."""
+        return 3 if self.z_columns else 2
 
     @property
     def columns(self) -> int:
@@ -79,16 +92,26 @@ class Walk:
         return self.copies_at + self.together * _COPY
 
     @property
+    def places(self) -> int:
+        """Tiles from which the results of a head leave, in turn."""
+        return 2 if self.z_columns else 1
+
+    @property
     def barriers_at(self) -> int:
-        return self.out_at + self.together * _TILE
+        return self.out_at + self.together * self.places * _TILE
+
+    @property
+    def gates_at(self) -> int:
+        """Barriers for z: two of each head."""
+        return self.barriers_at + 16 * STAGES
 
     @property
     def shared(self) -> int:
-        return self.barriers_at + 16 * STAGES
+        return self.gates_at + (_GATES * self.together if self.z_columns else 0)
 
 
 def written(call: Call) -> Written:
-    """The code of a launch of ``ssd_scan_hopper``.
+    """The code of a launch of ``ssd_scan_hopper`` or ``ssd_scan_hopper_gated``.
 
     Raises:
         ValueError: heads walked together that are not of one group.
@@ -99,25 +122,38 @@ def written(call: Call) -> Written:
         raise ValueError(f"{together} heads walked together do not divide a group of {of_group}")
     walk = Walk(
         int(constants["H"]), int(constants["G"]), call.inputs["xbc"], call.inputs["d"],
-        together,
+        together, int(constants["Z"]) if "gated" in call.outputs else 0,
     )
     name = call.kernel.name
-    return Written(write(walk, name), name, walk.shared, MAPS * ptx.MAP_BYTES)
+    return Written(write(walk, name), name, walk.shared, walk.maps * ptx.MAP_BYTES)
 
 
 def write(walk: Walk, name: str) -> str:
-    """The PTX of ``name(xbc, d, pads, steps, length, chunks, y, state, scratch, profile)``."""
+    """The PTX of ``name(xbc, d, pads, steps, length, chunks, y, state, scratch, profile)``; gated,
+    ``zxbcdt`` comes after ``xbc`` and ``squares`` after ``y``."""
     work = (_walk(walk, head) for head in range(walk.together))
-    lines = [*_registers(), *_prepare(walk, name), *ptx.roles(_ask(walk), work), "ret;"]
+    lines = [*_registers(walk), *_prepare(walk, name), *ptx.roles(_ask(walk), work), "ret;"]
+    inputs, outputs = _pointers(walk)
     parameters = (
-        *((p, "pointer") for p in ("xbc", "d", "pads", "steps")),
-        ("length", "int"), ("chunks", "int"), ("y", "pointer"), ("state", "pointer"),
+        *((p, "pointer") for p in inputs), ("length", "int"), ("chunks", "int"),
+        *((p, "pointer") for p in outputs),
     )
     return ptx.entry(name, parameters, walk.threads, 1, lines)
 
 
-def _registers() -> Iterator[str]:
+def _pointers(walk: Walk) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of what is read and of what is written."""
+    if walk.z_columns:
+        return ("xbc", "zxbcdt", "d", "pads", "steps"), ("y", "squares", "state")
+    return ("xbc", "d", "pads", "steps"), ("y", "state")
+
+
+def _registers(walk: Walk) -> Iterator[str]:
     yield from ptx.common_registers()
+    if walk.z_columns:
+        yield ".reg .b32 gate, gate_parity, place, outs, gated<4>;"
+        yield ".reg .b64 zxbcdt, squares, map_z;"
+        yield ".reg .f32 silu, upper_squares, lower_squares;"
     yield ".reg .b32 length, chunks, chunk, batch, pad, first, rows, head, group, warp, held;"
     yield ".reg .b32 to<4>, x_across, x_at, steps_at, copy, out;"
     yield ".reg .b64 xbc, d, pads, steps, y, state, scratch, map_x, map_y, from, offset;"
@@ -130,7 +166,8 @@ def _registers() -> Iterator[str]:
 
 
 def _prepare(walk: Walk, name: str) -> Iterator[str]:
-    for register in ("xbc", "d", "pads", "steps", "y", "state", "scratch"):
+    inputs, outputs = _pointers(walk)
+    for register in (*inputs, *outputs, "scratch"):
         yield f"ld.param.u64 {register}, [{name}_{register}];"
     for register in ("length", "chunks"):
         yield f"ld.param.u32 {register}, [{name}_{register}];"
@@ -140,9 +177,11 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
     yield "mov.u32 head, %ctaid.x;"
     yield "mov.u32 t, %nctaid.x;"
     yield "mad.lo.u32 t, batch, t, head;"
-    yield f"mul.wide.u32 wide, t, {MAPS * ptx.MAP_BYTES};"
+    yield f"mul.wide.u32 wide, t, {walk.maps * ptx.MAP_BYTES};"
     yield "add.u64 map_x, scratch, wide;"
     yield f"add.u64 map_y, map_x, {ptx.MAP_BYTES};"
+    if walk.z_columns:
+        yield f"add.u64 map_z, map_y, {ptx.MAP_BYTES};"
     yield f"mul.lo.u32 head, head, {walk.together};"
     yield f"div.u32 group, head, {walk.heads // walk.groups};"
     yield "mov.u32 base, memory;"
@@ -164,19 +203,24 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
     yield "@p bra READY;"
     yield "setp.eq.u32 leads, thread, 0;"
     yield "mad.lo.u32 u, batch, length, pad;"
-    box = (ptx.DEEP, CHUNK)
-    for i, (pointer, there, columns) in enumerate((
-        ("xbc", "map_x", walk.columns), ("y", "map_y", walk.heads * HEAD_DIM),
-    )):
-        yield f"mul.wide.u32 offset, u, {2 * columns};"
+    box, width = (ptx.DEEP, CHUNK), walk.heads * HEAD_DIM
+    maps = [("xbc", "map_x", walk.columns, walk.columns), ("y", "map_y", width, width)]
+    if walk.z_columns:
+        maps.append(("zxbcdt", "map_z", width, walk.z_columns))
+    for i, (pointer, there, columns, apart) in enumerate(maps):
+        yield f"mul.wide.u32 offset, u, {2 * apart};"
         yield f"add.u64 from, {pointer}, offset;"
         yield f"add.u32 at, base, {walk.out_at + i * ptx.MAP_BYTES};"
         size = (columns, "rows")
-        yield from ptx.tensor_map("from", there, size, box, 2 * columns, walk.dtype)
+        yield from ptx.tensor_map("from", there, size, box, 2 * apart, walk.dtype)
+    if walk.z_columns:
+        for i in range(2 * walk.together):
+            yield f"@leads mbarrier.init.shared::cta.b64 [full + {16 * STAGES + 8 * i}], 1;"
+        yield "fence.proxy.async.shared::cta;"  # z comes where the maps were made
     yield from ptx.barriers(STAGES, walk.together)
     yield "READY:"
     yield "bar.sync 0;"
-    for there in ("map_x", "map_y"):
+    for _, there, *_ in maps:
         yield f"fence.proxy.tensormap::generic.acquire.gpu [{there}], {ptx.MAP_BYTES};"
     yield "mov.u32 chunk, first;"
     yield "mov.u32 stage, 0;"
@@ -230,10 +274,16 @@ def _ask(walk: Walk) -> Iterator[str]:
     yield "bra ASK;"
 
 
+def _next_place() -> Iterator[str]:
+    yield "xor.b32 place, place, 1;"
+    yield "setp.eq.u32 p, place, 0;"
+    yield "@p xor.b32 gate_parity, gate_parity, 1;"
+
+
 def _walk(walk: Walk, which: int) -> Iterator[str]:
     """One head, by a group of four warps."""
     copy = walk.copies_at + which * _COPY
-    out = walk.out_at + which * _TILE
+    out = walk.out_at + which * walk.places * _TILE
     yield f"setmaxnreg.inc.sync.aligned.u32 {ptx.many_registers(walk.together)};"
     yield "and.b32 thread, thread, 127;"
     yield "shr.u32 warp, thread, 5;"
@@ -250,6 +300,14 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
     yield from _copy_state(walk)
     yield "fence.proxy.async.shared::cta;"
     yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
+    if walk.z_columns:
+        yield f"add.u32 gate, base, {walk.gates_at + _GATES * which};"
+        yield "mov.u32 outs, out;"
+        yield "mov.u32 place, 0;"
+        yield "mov.u32 gate_parity, 0;"
+        for ahead in (0, 1):
+            yield from _ask_for_z(ahead)
+            yield "xor.b32 place, place, 1;"
     yield f"CHUNK{which}:"
     yield "setp.ge.u32 p, chunk, chunks;"
     yield f"@p bra WALKED{which};"
@@ -381,8 +439,12 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     for i in range(64):
         yield f"mul.f32 kept{i}, kept{i}, f;"
     yield from _by_tokens("kept", "weighted", "desc_n", STATES, dtype)
+    if walk.z_columns:
+        yield from _gates(dtype, which)
 
     yield "wgmma.wait_group.sync.aligned 1;"
+    if walk.z_columns:
+        yield from _gated(walk)
     for i in range(4):
         yield from _round_and_place("sum", 8 * i, f"to{i}", "out", 0, dtype)
     yield "fence.proxy.async.shared::cta;"
@@ -406,7 +468,92 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
     yield "mad.lo.u32 bar, stage, 8, empty;"
     yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
+    if walk.z_columns:
+        yield from _ask_for_z(2)
+        yield from _next_place()
     yield from ptx.next_stage(STAGES)
+
+
+def _ask_for_z(ahead: int) -> Iterator[str]:
+    """Of a chunk so many after this one, where there is one, into ``place``; one thread."""
+    yield f"add.u32 t, chunk, {ahead};"
+    yield "setp.lt.u32 p, t, chunks;"
+    yield "and.pred p, p, leads;"
+    yield f"mul.lo.u32 column, head, {HEAD_DIM};"
+    yield f"mul.lo.u32 row, t, {CHUNK};"
+    yield "sub.s32 row, row, pad;"
+    yield "mad.lo.u32 bar, place, 8, gate;"
+    yield f"mad.lo.u32 at, place, {_TILE}, outs;"
+    yield f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {_TILE};"
+    yield f"@p {ptx.LOAD} [at], [map_z, {{column, row}}], [bar];"
+
+
+def _silu_of_two() -> Iterator[str]:
+    """``f`` and ``g``, each z / (1 + exp(-z)), with one division for both."""
+    for z, exponent in (("f", "near"), ("g", "decay")):
+        yield f"max.f32 {exponent}, {z}, {ptx.float_literal(_LEAST)};"
+        yield f"mul.f32 {exponent}, {exponent}, {ptx.float_literal(-math.log2(math.e))};"
+        yield f"ex2.approx.ftz.f32 {exponent}, {exponent};"
+        yield f"add.f32 {exponent}, {exponent}, {ptx.float_literal(1.0)};"
+    yield "mul.f32 silu, near, decay;"
+    yield "rcp.approx.ftz.f32 silu, silu;"
+    yield "mul.f32 f, f, decay;"
+    yield "mul.f32 f, f, silu;"
+    yield "mul.f32 g, g, near;"
+    yield "mul.f32 g, g, silu;"
+
+
+def _gates(dtype: str, which: int) -> Iterator[str]:
+    """silu(z) in the place of scores, which are no longer needed, while products run."""
+    yield f"mad.lo.u32 out, place, {_TILE}, outs;"
+    yield "mad.lo.u32 bar, place, 8, gate;"
+    yield from ptx.wait("bar", f"Z_WAIT{which}", "gate_parity")
+    for across in range(4):
+        yield f"add.u32 at, out, to{across};"
+        regs = ", ".join(f"two{i}" for i in range(4))
+        yield f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{regs}}}, [at];"
+        for i in range(4):
+            yield from _two_floats(f"two{i}", dtype)
+            yield from _silu_of_two()
+            for j, gate in enumerate("fg"):
+                yield f"mov.f32 score{8 * across + 2 * i + j}, {gate};"
+
+
+def _gated(walk: Walk) -> Iterator[str]:
+    """out = out * silu(z), and the sum of squares of each row."""
+    for row in ("upper", "lower"):
+        yield f"mov.f32 {row}_squares, 0f00000000;"
+    for i in range(32):
+        squares = f"{('upper', 'lower')[i // 2 % 2]}_squares"
+        yield f"mul.f32 sum{i}, sum{i}, score{i};"
+        yield f"fma.rn.f32 {squares}, sum{i}, sum{i}, {squares};"
+    # The row from the first that is no padding; those before it are huge.
+    yield f"mul.lo.u32 row, chunk, {CHUNK};"
+    yield "sub.s32 row, row, pad;"
+    yield "mad.lo.u32 row, warp, 16, row;"
+    yield "shr.u32 t, lane, 2;"
+    yield "add.u32 row, row, t;"
+    yield "mad.lo.u32 u, batch, length, pad;"
+    yield "add.u32 u, u, row;"
+    yield "and.b32 v, lane, 3;"
+    for squares in ("upper_squares", "lower_squares"):
+        for apart in (1, 2):
+            yield f"shfl.sync.bfly.b32 f, {squares}, {apart}, 31, -1;"
+            yield f"add.f32 {squares}, {squares}, f;"
+        yield "setp.eq.u32 p, v, 0;"
+        yield "setp.lt.and.u32 p, row, rows, p;"
+        yield from _store_squares(walk, squares)
+        yield "add.u32 row, row, 8;"
+        yield "add.u32 u, u, 8;"
+
+
+def _store_squares(walk: Walk, register: str) -> Iterator[str]:
+    """Of row ``u`` of all, if ``p``: [B, L, H], float32."""
+    yield f"mul.wide.u32 offset, u, {4 * walk.heads};"
+    yield "add.u64 from, squares, offset;"
+    yield "mul.wide.u32 offset, head, 4;"
+    yield "add.u64 from, from, offset;"
+    yield f"@p st.global.f32 [from], {register};"
 
 
 def _two_floats(register: str, dtype: str) -> Iterator[str]:
@@ -580,22 +727,44 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
     yield "shl.b32 column, column, 3;"
     yield f"mad.lo.u32 column, head, {HEAD_DIM}, column;"
     yield f"PADDING{which}:"
-    yield "setp.ge.u32 p, row, pad;"
+    yield "shr.u32 t, lane, 3;"
+    yield "sub.u32 t, row, t;"  # the warp's first row: its threads stay together
+    yield "setp.ge.u32 p, t, pad;"
     yield f"@p bra PADDED{which};"
+    yield "setp.lt.u32 p, row, pad;"
     yield "mad.lo.u32 u, batch, length, row;"
-    for pointer, columns in (("xbc", walk.columns), ("y", width)):
+    read = [("xbc", walk.columns, "two")]
+    if walk.z_columns:
+        read.append(("zxbcdt", walk.z_columns, "gated"))
+    for pointer, columns, name in (*read, ("y", width, "")):
         yield f"mul.wide.u32 offset, u, {2 * columns};"
         yield f"add.u64 from, {pointer}, offset;"
         yield "mul.wide.u32 offset, column, 2;"
         yield "add.u64 from, from, offset;"
-        if pointer == "xbc":
-            yield "ld.global.v4.b32 {two0, two1, two2, two3}, [from];"
+        if name:
+            regs = ", ".join(f"{name}{i}" for i in range(4))
+            yield f"@p ld.global.v4.b32 {{{regs}}}, [from];"
+    if walk.z_columns:
+        yield "mov.f32 upper_squares, 0f00000000;"
     for i in range(4):
         yield from _two_floats(f"two{i}", walk.dtype)
-        yield "mul.f32 f, f, skip;"
-        yield "mul.f32 g, g, skip;"
-        yield ptx.round_two(f"two{i}", "f", "g", walk.dtype)
-    yield "st.global.v4.b32 [from], {two0, two1, two2, two3};"
+        for x, y in (("f", "even_weight"), ("g", "odd_weight")):
+            yield f"mul.f32 {y}, {x}, skip;"
+        if walk.z_columns:
+            yield from _two_floats(f"gated{i}", walk.dtype)
+            yield from _silu_of_two()
+            for z, y in (("f", "even_weight"), ("g", "odd_weight")):
+                yield f"mul.f32 {y}, {y}, {z};"
+                yield f"fma.rn.f32 upper_squares, {y}, {y}, upper_squares;"
+        yield ptx.round_two(f"two{i}", "even_weight", "odd_weight", walk.dtype)
+    yield "@p st.global.v4.b32 [from], {two0, two1, two2, two3};"
+    if walk.z_columns:
+        for apart in (1, 2, 4):
+            yield f"shfl.sync.bfly.b32 f, upper_squares, {apart}, 31, -1;"
+            yield "add.f32 upper_squares, upper_squares, f;"
+        yield "and.b32 v, lane, 7;"
+        yield "setp.eq.and.u32 p, v, 0, p;"
+        yield from _store_squares(walk, "upper_squares")
     yield "add.u32 row, row, 16;"
     yield f"bra PADDING{which};"
     yield f"PADDED{which}:"

@@ -53,6 +53,11 @@ SSD_SCAN_HOPPER = Kernel(
     ),
     hopper.written,
 )
+SSD_SCAN_HOPPER_GATED = Kernel(
+    "ssd_scan_hopper_gated", None,
+    ("xbc", "zxbcdt", "d", "pads", "steps"), ("length", "chunks"), ("gated", "squares", "state"),
+    SSD_SCAN_HOPPER.tactics, hopper.written,
+)
 # What a chunk of two heads takes that are walked together, in chunks of one head (H100, 2.7b).
 TWO_HEADS = 1.42
 SSD_CHUNK_STATE = Kernel(
@@ -92,6 +97,7 @@ def calls(
     initial_state: Spec | None, n_groups: int, d_state: int, dt_min: float, dt_max: float,
     tactics: Mapping[str, Tactic] | None = None, segments: int | None = None,
     target: int | None = None, multiprocessors: int = MULTIPROCESSORS, scratch: bool = False,
+    gated: bool = False,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.ssd_scan.op.ssd_scan`.
 
@@ -104,6 +110,10 @@ def calls(
         target: compute capability times ten, for tactics that not every GPU has room for.
         multiprocessors: of the GPU, which programs should fill.
         scratch: whoever launches passes scratch memory: there is a kernel in PTX that wants it.
+        gated: in place of y the kernel in PTX, if it is the one, writes ``gated`` [B, L, E], which
+            is y silu(z) with z the first E columns of ``zxbcdt``, and ``squares`` [B, L, H] in
+            float32: the sum of its squares over a head, before it is rounded. Rows of padding
+            count as others do.
 
     Raises:
         ValueError: a sequence whose projection has 2^31 elements or more.
@@ -135,7 +145,7 @@ def calls(
         together = 0
         if scratch and target == 90 and initial_state is None and "ssd_scan" not in (tactics or {}):
             together = heads_together(shapes)
-        return _walk(shapes, dtypes, limits, tactics, together)
+        return _walk(shapes, dtypes, limits, tactics, together, gated)
     return _side_by_side(shapes, dtypes, limits, tactics, target)
 
 
@@ -175,6 +185,10 @@ class _Shapes:
         return Spec((self.batch, self.length, self.heads * self.head_dim), self.dtype)
 
     @property
+    def squares(self) -> Spec:
+        return Spec((self.batch, self.length, self.heads), "fp32")
+
+    @property
     def state(self) -> Spec:
         return Spec((self.batch, self.heads, self.head_dim, self.states), "fp32")
 
@@ -191,21 +205,26 @@ def heads_together(s: _Shapes) -> int:
 
 def _walk(
     s: _Shapes, dtypes: Mapping[str, str], limits: Mapping[str, float],
-    tactics: Mapping[str, Tactic] | None, together: int,
+    tactics: Mapping[str, Tactic] | None, together: int, gated: bool,
 ) -> tuple[Call, ...]:
     """One program a sequence and head, or ``together`` heads, by the kernel in PTX."""
     programs = s.batch * s.heads
+    outputs, sizes = {"y": s.y, "state": s.state}, s.sizes
     if together:
         kernel, chunk = SSD_SCAN_HOPPER, hopper.CHUNK
+        # Rows of z must begin at whole 16 bytes.
+        if gated and s.columns % 8 == 0 and dtypes["zxbcdt"] == s.dtype:
+            kernel, sizes = SSD_SCAN_HOPPER_GATED, {**sizes, "Z": s.columns}
+            outputs = {"gated": s.y, "squares": s.squares, "state": s.state}
         scan = choose(kernel, tactics, kernel.tactics[together - 1])
         if (s.heads // s.groups) % scan.blocks["HEADS"]:
             scan = kernel.tactics[0]
     else:
-        if s.dtype == "fp32":  # its stages are twice as large
-            default = SSD_SCAN.tactics[-1]
-        else:  # three stages of loads, or two where one wave then holds all programs
-            default = SSD_SCAN.tactics[s.multiprocessors < programs <= 2 * s.multiprocessors]
         kernel = SSD_SCAN
+        if s.dtype == "fp32":  # its stages are twice as large
+            default = kernel.tactics[-1]
+        else:  # three stages of loads, or two where one wave then holds all programs
+            default = kernel.tactics[s.multiprocessors < programs <= 2 * s.multiprocessors]
         scan = fitted(choose(kernel, tactics, default), s.heads // s.groups)
         chunk = scan.blocks["Q"]
     chunks = cdiv(s.length, chunk)
@@ -218,7 +237,7 @@ def _walk(
             (cdiv(s.heads, steps.blocks["BLOCK"]), chunks),
         ),
         _call(
-            kernel, dtypes, extras, {"y": s.y, "state": s.state}, s.sizes, scan,
+            kernel, dtypes, extras, outputs, sizes, scan,
             (s.heads // scan.blocks["HEADS"], 1),
         ),
     )
