@@ -26,14 +26,16 @@ class Case(NamedTuple):
     length: int = 41  # no multiple of any chunk
     tied: bool = True
     groups: int = 1
-    published: bool = False  # heads of 64 and states of 128, as the published models have
+    published: bool = False  # 8 heads of 64 and states of 128, as the published models have
 
 
 def export(folder: Path, case: Case) -> Path:
     """The exported file of a case."""
-    sizes = {"headdim": 64, "d_state": 128} if case.published else {}
+    heads = {"headdim": 64, "d_state": 128} if case.published else {}
+    width = {"d_model": 256} if case.published else {}
     write_mamba_ssm(
-        folder, n_layer=2, tie_embeddings=case.tied, ssm_cfg={"ngroups": case.groups, **sizes}
+        folder, n_layer=2, tie_embeddings=case.tied, ssm_cfg={"ngroups": case.groups, **heads},
+        **width,
     )
     checkpoint = load_checkpoint(str(folder))
     asked = ReductionSpec(method=case.method, keep_ratio=0.75, sites=(0,))

@@ -2,6 +2,7 @@
 
 ``test_lower.py`` starts this with TRITON_INTERPRET=1, which counts for a whole process. What runs
 is the file node by node, in its order, by the names on its edges; nothing of ``lower`` is used.
+A scan in PTX is done by Triton's kernel for the same, and its gate by numpy.
 
     lowered_worker.py JOBS.json     a list of {"calls", "feeds", "file", "out"}, all paths
 
@@ -39,22 +40,44 @@ def run_file(path: str, calls: Mapping[str, Call], feeds: Mapping[str, np.ndarra
     for node in model.graph.node:
         given = [values[name] for name in node.input]
         if node.domain == "tokred":
-            call = calls.get(node.name) or product_call(node, *given)
-            made = run_kernel(call, given)
+            name = node.name.replace("/ssd_scan_hopper", "/ssd_scan")
+            if name.endswith("_gated"):
+                made = gated_scan(calls[name.removesuffix("_gated")], *given)
+            else:
+                made = run_kernel(calls.get(name) or product_call(node, calls, *given), given)
         else:
             made = run_standard(node, given, model)
         values.update(zip(node.output, made, strict=True))
     return {value.name: values[value.name] for value in model.graph.output}
 
 
-def product_call(node: onnx.NodeProto, x: np.ndarray, weight: np.ndarray) -> Call:
+def gated_scan(
+    call: Call, xbc: np.ndarray, z: np.ndarray, *others: np.ndarray
+) -> list[np.ndarray]:
+    """A scan whose y goes through the gate, and the sums of squares of each head."""
+    y, state = run_kernel(call, [xbc, *others])
+    z = z[:, :, : y.shape[2]].astype(np.float32)
+    gated = y.astype(np.float32) * z / (1 + np.exp(-z))
+    heads = gated.reshape(*y.shape[:2], int(call.constants["H"]), -1)
+    return [gated.astype(y.dtype), (heads**2).sum(3), state]
+
+
+def product_call(
+    node: onnx.NodeProto, calls: Mapping[str, Call], x: np.ndarray, weight: np.ndarray,
+    squares: np.ndarray | None = None,
+) -> Call:
     """The call of a product, which only a "launcher" file has as a kernel."""
     fields = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     assert fields["kernel"].decode().startswith("linear")
     # No width here is a depth too, so that the shapes tell how the weight is stored.
     turned = weight.shape[0] != x.shape[2]
-    specs = (Spec(array.shape, "fp32") for array in (x, weight))
-    (call,) = linear.calls(*specs, turned, list(fields["output_ranks"]) == [1])
+    kinds = {np.dtype(np.float32): "fp32", np.dtype(np.float16): "fp16"}
+    specs = [Spec(array.shape, kinds[array.dtype]) for array in (x, weight)]
+    options = {}
+    if squares is not None:
+        norm = next(c for c in calls.values() if c.kernel.name.startswith("gated_rms_norm"))
+        options |= {"squares": Spec(squares.shape, "fp32"), "eps": norm.constants["EPS"]}
+    (call,) = linear.calls(*specs, turned, list(fields["output_ranks"]) == [1], **options)
     return call
 
 

@@ -224,20 +224,92 @@ def test_the_scan_in_ptx_where_it_gets_scratch_memory(tmp_path):
     """The launcher plugin passes it, TensorRT passes none to quick plugins; and not every driver
     reads the code."""
     source = export(tmp_path, Case(dtype="float16", published=True))
-    with compiling_once():
-        counts = {
-            form: lower(
-                source, tmp_path / f"{form}.onnx", form, 90, multiprocessors=2, descriptors=True
-            )
-            for form in FORMS
-        }
-        older = lower(source, tmp_path / "older.onnx", "launcher", 90, multiprocessors=2)
+    counts = lowered_for_hopper(source, tmp_path)
     assert counts["launcher"]["ssd_scan_hopper"] == counts["quick"]["ssd_scan"] == 2
-    assert older["ssd_scan"] == 2 and not older["ssd_scan_hopper"]
+    assert counts["older"]["ssd_scan"] == 2 and not counts["older"]["ssd_scan_hopper"]
     assert not counts["launcher"]["ssd_scan"] and not counts["quick"]["ssd_scan_hopper"]
     nodes = [attributes(n) for n in onnx.load(tmp_path / "launcher.onnx").graph.node]
-    assert {n["block"] for n in nodes if n.get("kernel") == "ssd_scan_hopper"} == {256}  # few heads
-    assert {n["scratch"] for n in nodes if n.get("kernel") == "ssd_scan_hopper"} == {256}
+    scans = [n for n in nodes if n.get("kernel") == "ssd_scan_hopper"]
+    assert {n["block"] for n in scans} == {384} and {n["scratch"] for n in scans} == {256}
+
+
+def lowered_for_hopper(source, folder):
+    """Kernels of both forms where two multiprocessors are filled by eight heads, and of the
+    launcher's with a driver that does not read all PTX ("older")."""
+    drivers = {"launcher": True, "quick": True, "older": False}
+    with compiling_once():
+        return {
+            name: lower(
+                source, folder / f"{name}.onnx", "quick" if name == "quick" else "launcher", 90,
+                multiprocessors=2, descriptors=reads,
+            )
+            for name, reads in drivers.items()
+        }
+
+
+# Layers of which the scan does the gate: none whose importance is asked for, of whose rows one goes
+# on, or whose groups are normalised apart.
+@pytest.mark.parametrize(
+    ("case", "gated"),
+    [
+        (Case("none", logits="all"), (0, 1)), (Case("none"), (0,)), (Case(logits="all"), (1,)),
+        (Case("none", logits="all", groups=2), ()),
+    ],
+    ids=["dense", "last token", "importance", "groups"],
+)
+def test_the_gate_of_a_norm(tmp_path, case, gated):
+    """A norm between a scan and a product is half of each, where nothing else wants it, and where
+    the scan's kernel can gate; what comes out is what it was."""
+    case = case._replace(dtype="float16", published=True, tied=False)
+    source = export(tmp_path, case)
+    counts = lowered_for_hopper(source, tmp_path)
+    norms = sum(n for k, n in counts["quick"].items() if k.startswith("gated_rms_norm"))
+    assert norms == sum(n for k, n in counts["older"].items() if k.startswith("gated_rms_norm"))
+    found = counts["launcher"]
+    assert found["ssd_scan_hopper_gated"] == len(gated) == norms - sum(
+        n for k, n in found.items() if k.startswith("gated_rms_norm")
+    )
+    assert found["ssd_scan_hopper"] == 2 - len(gated)
+    graph = onnx.load(tmp_path / "launcher.onnx").graph
+    weights = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    before = {t.name: numpy_helper.to_array(t) for t in onnx.load(source).graph.initializer}
+    products = [n for n in graph.node if n.name.endswith("/linear") and len(n.input) == 3]
+    assert [n.input[2].split("/")[-1] for n in products] == ["squares"] * len(gated)
+    for layer, node in zip(gated, products, strict=True):
+        weight, _, norm = node.input[1].partition(".turned.")
+        assert norm == f"model.layers.{layer}.gate_norm_weight" and norm not in weights
+        wide = before[weight].astype(np.float32).T * before[norm].astype(np.float32)
+        np.testing.assert_array_equal(weights[node.input[1]], wide.astype(np.float16))
+    random = np.random.default_rng(0)
+    feeds = {
+        "input_ids": random.integers(0, 61, (1, case.length), dtype=np.int32),
+        "prompt_len": np.array([case.length - 5], np.int32),
+    }
+    joined, plain = run_lowered(
+        tmp_path, [(tmp_path / f"{form}.onnx", tmp_path / "quick.onnx", feeds)
+                   for form in ("launcher", "quick")]
+    )  # fmt: skip
+    assert list(joined) == list(plain)
+    for name, value in plain.items():
+        error = np.linalg.norm(joined[name].astype(float) - value)
+        assert error <= 3e-3 * np.linalg.norm(value.astype(float)), name
+
+
+def test_products_that_leave_the_range_of_float16(tmp_path):
+    """The norm's weight and the product's are in range, what both make is not."""
+    source = export(tmp_path, Case("none", dtype="float16", published=True))
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        value = {"model.layers.0.gate_norm_weight": 60000}.get(tensor.name)
+        value = 2 if list(tensor.dims) == [512, 256] else value  # out_proj
+        if value is not None:
+            changed = np.full(tensor.dims, value, np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+    onnx.save(model, source)
+    with compiling_once(), pytest.raises(BuildFailed, match="range of float16: build with --dtype"):
+        lower(
+            source, tmp_path / "kernels.onnx", "launcher", 90, multiprocessors=2, descriptors=True
+        )
 
 
 def check_launcher_fields(node, fields, call):
@@ -316,22 +388,31 @@ RUNS = [
 @pytest.fixture(scope="module")
 def computed(lowered, tmp_path_factory):
     """Run -> (what the lowered file computes, what ONNX Runtime makes of the exported one)."""
-    folder, jobs, expected = tmp_path_factory.mktemp("runs"), [], []
+    jobs, expected = [], []
     random = np.random.default_rng(0)
-    for index, (name, form, lengths) in enumerate(RUNS):
+    for name, form, lengths in RUNS:
         found = lowered(name)
         shape = (len(lengths), found.case.length)
         feeds = {
             "input_ids": random.integers(0, 61, shape, dtype=np.int32),
             "prompt_len": np.array(lengths, np.int32),
         }
-        np.savez(folder / f"feeds-{index}.npz", **feeds)
         session = onnxruntime.InferenceSession(str(found.source))
         names = [output.name for output in session.get_outputs()]
         expected.append(dict(zip(names, session.run(None, feeds), strict=True)))
+        jobs.append((getattr(found, form), found.quick, feeds))
+    found = run_lowered(tmp_path_factory.mktemp("runs"), jobs)
+    return dict(zip(RUNS, zip(found, expected, strict=True), strict=True))
+
+
+def run_lowered(folder, runs):
+    """What each (kernel-level file, "quick" file of the same graph, inputs) computes."""
+    jobs = []
+    for index, (file, quick, feeds) in enumerate(runs):
+        np.savez(folder / f"feeds-{index}.npz", **feeds)
         jobs.append({
-            "calls": str(found.quick), "feeds": str(folder / f"feeds-{index}.npz"),
-            "file": str(getattr(found, form)), "out": str(folder / f"{index}.npz"),
+            "calls": str(quick), "feeds": str(folder / f"feeds-{index}.npz"),
+            "file": str(file), "out": str(folder / f"{index}.npz"),
         })  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -340,8 +421,7 @@ def computed(lowered, tmp_path_factory):
         text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [dict(np.load(job["out"])) for job in jobs]
-    return dict(zip(RUNS, zip(found, expected, strict=True), strict=True))
+    return [dict(np.load(job["out"])) for job in jobs]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}-{run[1]}")

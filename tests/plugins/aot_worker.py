@@ -31,22 +31,33 @@ def every_call() -> Iterator[Call]:
             t for t in linear.LINEAR.tactics
             if t.blocks["PROGRAMS"] and t.blocks["CLUSTER"] == cluster
         ]
+        tactics = {"linear": described[-1]}
         yield from linear.calls(
-            Spec((1, 2048, 768), "fp16"), Spec((3352, 768), "fp16"), turned=True,
-            tactics={"linear": described[-1]},
+            Spec((1, 2048, 768), "fp16"), Spec((3352, 768), "fp16"), turned=True, tactics=tactics
         )
+        yield from scaled_product(tactics)
+    yield from scaled_product()
     for batch in (1, 8):  # some kernels are for few tokens, others for many
         for case in cases(MODELS["130m"], batch, 2048, "fp16"):
             calls = case.launches()
             if case.op == "ssd_scan":  # whatever GPU is here
                 calls = case.launches(target=None) + case.launches(segments=1, target=None)
-                calls += case.launches(segments=1, target=90, scratch=True)
+                for gated in (False, True):
+                    calls += case.launches(segments=1, target=90, scratch=True, gated=gated)
             if case.op == "gated_rms_norm":
                 calls += case.launches(scores=True)
             for call in calls:
                 if call.kernel.name not in done:
                     done.add(call.kernel.name)
                     yield call
+
+
+def scaled_product(tactics: dict | None = None) -> tuple[Call, ...]:
+    """The second product of a layer, whose rows come with a sum of squares for each head."""
+    return linear.calls(
+        Spec((1, 2048, 1536), "fp16"), Spec((768, 1536), "fp16"), turned=True, tactics=tactics,
+        squares=Spec((1, 2048, 24), "fp32"), eps=1e-5,
+    )
 
 
 def assemble(ptx: str, target: int) -> str:

@@ -49,6 +49,12 @@ def compiled() -> list[tuple[Compiled, dict]]:
     return [(Compiled.from_json(facts["compiled"]), facts) for facts in made]
 
 
+def form(kernel: Compiled) -> str:
+    """Its name, and whether it is given squares: products are compiled with and without."""
+    given = {p.name for p in kernel.parameters if p.role == "input"}
+    return f"{kernel.name} with squares" if "squares" in given else kernel.name
+
+
 def entry_types(kernel: Compiled) -> list[str]:
     """PTX type of each parameter of the entry."""
     text = re.search(rf"\.entry {kernel.entry}\s*\(([^)]*)\)", kernel.ptx)[1]
@@ -57,11 +63,15 @@ def entry_types(kernel: Compiled) -> list[str]:
 
 def test_all_kernels_for_all_targets(compiled):
     """Every kernel, every target, one of each pair."""
-    found = [(kernel.name, kernel.target) for kernel, _ in compiled if not kernel.scratch]
-    assert sorted(found) == sorted((k, t) for k in KERNELS for t in PTX_VERSIONS)
-    described = [(kernel.name, kernel.target) for kernel, _ in compiled if kernel.scratch]
+    found = [(form(kernel), kernel.target) for kernel, _ in compiled if not kernel.scratch]
+    forms = KERNELS | {"linear with squares"}
+    assert sorted(found) == sorted((k, t) for k in forms for t in PTX_VERSIONS)
+    described = [(form(kernel), kernel.target) for kernel, _ in compiled if kernel.scratch]
     both = [90, *(sm for sm in PTX_VERSIONS if sm >= 90)]  # by Triton, and by hand for 9.0
-    assert sorted(described) == [*(("linear", sm) for sm in both), ("ssd_scan_hopper", 90)]
+    assert sorted(described) == [
+        *(("linear", sm) for sm in both), *(("linear with squares", sm) for sm in both),
+        ("ssd_scan_hopper", 90), ("ssd_scan_hopper_gated", 90),
+    ]
 
 
 def test_parameters_are_inputs_extras_outputs(compiled):
@@ -114,8 +124,11 @@ def test_strides_of_descriptors_are_bytes(compiled):
                 held[moved[1]] = int(moved[2])
             if used := re.search(r"tile\.global_stride\S+ \[[^]]*\], (?:0x)?0, (%?\w+);", line):
                 found.add(held[used[1]])
-        rows = {"linear": {768, 3352}, "ssd_scan_hopper": {1536, 1792}}[kernel.name]
-        assert found == {2 * n for n in rows}, (kernel.name, kernel.target, found)
+        rows = {
+            "linear": {768, 3352}, "linear with squares": {1536, 768},
+            "ssd_scan_hopper": {1536, 1792}, "ssd_scan_hopper_gated": {1536, 1792, 3352},
+        }[form(kernel)]
+        assert found == {2 * n for n in rows}, (form(kernel), kernel.target, found)
 
 
 def test_json_round_trip(compiled):

@@ -92,25 +92,32 @@ def test_ptx_gives_what_triton_gives(name):
 @pytest.mark.skipif(TARGET not in PTX_VERSIONS, reason=f"sm_{TARGET} is no target of ours")
 @pytest.mark.parametrize("turned", [False, True], ids=["K x N", "N x K"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("parts", [0, 37, 80])
 @pytest.mark.parametrize("tactic", linear.LINEAR.tactics, ids=str)
-def test_products(tactic, dtype, turned):
+def test_products(tactic, parts, dtype, turned):
     """Against float64: descriptors are other code ahead of time than at Triton's own launch, and
     products for clusters are none of Triton's. Many tiles, none whole; one; less than one."""
     if tactic.blocks["CLUSTER"] and not turned:
         pytest.skip("clusters are for weights stored as [N, K]")
-    for batch, length, inner, columns in ((3, 701, 776, 1160), (1, 64, 64, 256), (2, 17, 8, 24)):
+    for batch, length, inner, columns in ((3, 701, 776, 1184), (1, 64, 64, 256), (2, 17, 8, 32)):
         random = torch.Generator("cuda").manual_seed(0)
         x, weight = (
             torch.randn(shape, generator=random, device="cuda").to(dtype)
             for shape in ((batch, length, inner), (columns, inner) if turned else (inner, columns))
         )
-        (call,) = linear.calls(spec_of(x), spec_of(weight), turned, tactics={"linear": tactic})
+        squares = torch.rand(batch, length, parts, generator=random, device="cuda")
+        options = {"squares": spec_of(squares), "eps": 0.5} if parts else {}
+        (call,) = linear.calls(
+            spec_of(x), spec_of(weight), turned, tactics={"linear": tactic}, **options
+        )
         try:
             compiled = compile_call(call, TARGET)
         except DoesNotFit as refused:
             pytest.skip(str(refused))
         expected = x.double() @ (weight.double().T if turned else weight.double())
-        got = launch_ptx(compiled, {"x": x, "weight": weight})["y"].double()
+        if parts:
+            expected /= (squares.double().sum(2, keepdim=True) / inner + 0.5).sqrt()
+        got = launch_ptx(compiled, {"x": x, "weight": weight, "squares": squares})["y"].double()
         # One rounding of the result, uniform in a binade: 2^-11 or 2^-8 over the root of 3.
         limit = 4e-4 if dtype == torch.float16 else 3.2e-3
         assert (got - expected).norm() / expected.norm() < limit
@@ -137,8 +144,8 @@ def scan_inputs(batch, length, heads, groups, pads, dtype, d_dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(
     ("length", "heads", "groups", "pads"),
-    [(64, 2, 1, [0]), (200, 4, 2, [0, 37]), (130, 4, 1, [64, 130, 129, 65]),
-     (515, 8, 2, [3, 300, 0]), (1, 2, 1, [0, 1])],
+    [(64, 8, 1, [0]), (200, 8, 2, [0, 37]), (130, 8, 1, [64, 130, 129, 65]),
+     (515, 8, 2, [3, 300, 0]), (1, 8, 1, [0, 1])],
 )
 def test_the_scan_in_ptx(length, heads, groups, pads, dtype, together):
     """Against float64, as near as Triton's kernel for the same; padding of parts of chunks, of
@@ -161,3 +168,17 @@ def test_the_scan_in_ptx(length, heads, groups, pads, dtype, together):
                 (found[name].double() - exact).norm() for found in (made, triton)
             )
             assert error <= 1.05 * other + 1e-6 * exact.norm(), (name, error, other)
+        call = scan.calls(*specs, *limits, segments=1, target=90, scratch=True, gated=True)[1]
+        call = replace(call, tactic=tactic, grid=(heads // together, 1))
+        check_gated(launch_ptx(compile_call(call, TARGET), values), wide[1], expected)
+
+
+def check_gated(made, z, expected):
+    """What a scan with a gate writes: y as before, times silu(z); and the squares of each head."""
+    y, state = expected
+    gated = y * torch.nn.functional.silu(z[..., : y.shape[2]])
+    squares = gated.unflatten(2, (state.shape[1], -1)).square().sum(3)
+    limit = 4e-4 if made["gated"].dtype == torch.float16 else 3.2e-3
+    for name, exact, times in (("gated", gated, 1), ("state", state, 1), ("squares", squares, 2)):
+        error = (made[name].double() - exact).norm()
+        assert error <= times * limit * exact.norm(), (name, error)

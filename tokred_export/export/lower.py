@@ -7,7 +7,9 @@ Two forms of the same graph come out:
                that the kernel's quick plugin needs to compile it inside the build
     launcher   TensorRT 8.6 to 10.14: nodes ``tokred::KernelLaunch`` that carry the PTX itself
                for the C++ plugin in ``plugins/launcher``, opset 17, and products with constants
-               as kernels too
+               as kernels too. Where a scan's kernel can gate, a gated norm between it and a
+               product is no kernel: the product divides by the root mean square of what the scan
+               has gated, and its constant holds the norm's weight
 
 No function bodies are left: a TensorRT that lacks the plugin refuses the file instead of
 quietly running something slower.
@@ -19,7 +21,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -82,14 +84,22 @@ def lower(
     scored = _scored_norms(model.graph)
     gpu = {"target": sm, "scratch": descriptors and form == "launcher"}
     gpu |= {"multiprocessors": multiprocessors} if multiprocessors else {}
+    joins = _joins(model.graph, scored) if form == "launcher" else {}
+    done, scales = set(scored.values()), {}
     for node in list(model.graph):
-        if node.domain == DOMAIN and node not in scored.values():
-            calls = _replace(model.graph, node, write, batch, gpu, scored.get(node))
-            counts.update(call.kernel.name for call in calls)
+        if node.domain != DOMAIN or node in done:
+            continue
+        join = joins.get(node)
+        norm = None if join is None else join.norm
+        calls, values = _replace(model.graph, node, write, batch, gpu, scored.get(node), norm)
+        counts.update(call.kernel.name for call in calls)
+        if "gated" in values:
+            done.add(norm)
+            scales[join.product] = _Scale(values["squares"], join.weight, join.eps)
     model.functions.clear()
     if form == "launcher":
         for node in list(model.graph):
-            calls = _replace_product(model.graph, node, write, batch)
+            calls = _replace_product(model.graph, node, write, batch, scales.get(node))
             counts.update(call.kernel.name for call in calls)
         to_opset_17(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -136,8 +146,70 @@ def _scored_norms(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
     return found
 
 
+class _Join(NamedTuple):
+    """A gated norm between a scan and a product.
+
+    Attributes:
+        norm: its node.
+        product: the node of the product.
+        weight: of the norm.
+        eps: of the norm.
+    """
+
+    norm: ir.Node
+    product: ir.Node
+    weight: ir.Value
+    eps: float
+
+
+class _Scale(NamedTuple):
+    """What the product does of a norm before it.
+
+    Attributes:
+        squares: sums of squares, several a row.
+        weight: of the norm.
+        eps: of the norm.
+    """
+
+    squares: ir.Value
+    weight: ir.Value
+    eps: float
+
+
+def _joins(graph: ir.Graph, scored: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _Join]:
+    """Scans that may gate what they write -> the gated norm of which that is the first half.
+
+    Where nothing else reads y nor what the norm gives, and the norm is one over the whole row, of
+    what is gated already: then it is a number a row, which the product can apply to its sums.
+    """
+    from tokred_plugins.linear.kernel import FEW
+
+    found = {}
+    for norm in graph:
+        if norm.domain != DOMAIN or norm.op_type != "GatedRmsNorm" or norm in scored:
+            continue
+        said = {name: attribute.value for name, attribute in norm.attributes.items()}
+        scan, product = norm.inputs[0].producer(), _only_reader(graph, norm.outputs[0])
+        if (
+            said["group_size"] == said["inner"] and not said["norm_before_gate"]
+            and scan is not None and ONNX_NAMES.get(scan.op_type) == "ssd_scan"
+            and scan.inputs[1] is norm.inputs[1] and _only_reader(graph, norm.inputs[0]) is norm
+            and product is not None and product.op_type == "MatMul" and _product(product)
+            and norm.inputs[2].const_value is not None
+            and norm.outputs[0].shape[1] > FEW  # for a few tokens there is another kernel
+        ):
+            found[scan] = _Join(norm, product, norm.inputs[2], said["eps"])
+    return found
+
+
+def _only_reader(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value, if nothing else does."""
+    uses = [use.node for use in value.uses()]
+    return uses[0] if len(uses) == 1 and value not in graph.outputs else None
+
+
 def _replace_product(
-    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int
+    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, scale: _Scale | None = None
 ) -> tuple[Call, ...]:
     """Put a kernel in the place of a product with a constant; other nodes stay as they are.
 
@@ -148,11 +220,14 @@ def _replace_product(
         return ()
     x, weight, attributes = found
     if not attributes["turned"]:
-        weight, attributes = _turned(graph, weight), {**attributes, "turned": True}
-    specs = {"x": _spec(node, x, batch), "weight": _spec(node, weight, batch)}
-    (call,) = LINEAR.calls(specs, attributes)
+        by = None if scale is None else scale.weight
+        weight, attributes = _turned(graph, weight, by), {**attributes, "turned": True}
+    inputs = {"x": x, "weight": weight}
+    if scale is not None:
+        inputs["squares"], attributes = scale.squares, {**attributes, "eps": scale.eps}
+    (call,) = LINEAR.calls({n: _spec(node, v, batch) for n, v in inputs.items()}, attributes)
     (spec,) = call.outputs.values()
-    made = write(call, [x, weight], [_value(f"{node.name}/0/y", spec, node)])
+    made = write(call, list(inputs.values()), [_value(f"{node.name}/0/y", spec, node)])
     made.name = f"{node.name}/0/{call.kernel.name}"
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], [made], list(node.outputs), list(made.outputs)
@@ -180,17 +255,28 @@ def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, dict[str, bool]] | None
     return tokens, weight, {"turned": bool(values["transB"]), "flat": True}
 
 
-def _turned(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    """The constant [K, N] as [N, K], made when it is written.
+def _turned(graph: ir.Graph, weight: ir.Value, by: ir.Value | None = None) -> ir.Value:
+    """The constant [K, N] as [N, K], made when it is written; columns times the numbers of ``by``.
 
     The kernel reads both operands along K then: see the op's README.md.
     """
     name, constant = f"{weight.name}.turned", weight.const_value
+    if by is not None:
+        name = f"{name}.{by.name}"
     if name not in graph.initializers:
         shape = ir.Shape(reversed(weight.shape))
 
         def turn() -> ir.Tensor:
             turned = np.ascontiguousarray(constant.numpy().T)
+            if by is not None:
+                wide = turned.astype(np.float32) * by.const_value.numpy().astype(np.float32)
+                with np.errstate(over="ignore"):  # found below
+                    turned = wide.astype(turned.dtype)
+                if not np.isfinite(turned.astype(np.float32)).all():
+                    raise BuildFailed(
+                        f"{weight.name} times the weight {by.name} of the norm before it leaves "
+                        f"the range of {weight.dtype.name.lower()}: build with --dtype float32"
+                    )
             return ir.Tensor(turned, dtype=weight.dtype, shape=shape)
 
         graph.register_initializer(ir.Value(
@@ -212,8 +298,8 @@ def _require_triton() -> None:
 
 def _replace(
     graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, gpu: Mapping[str, int],
-    scores: ir.Node | None = None,
-) -> tuple[Call, ...]:
+    scores: ir.Node | None = None, norm: ir.Node | None = None,
+) -> tuple[tuple[Call, ...], dict[str, ir.Value]]:
     """Put the launches of one custom-op node in its place.
 
     Args:
@@ -223,6 +309,10 @@ def _replace(
         batch: where the graph's is open.
         gpu: what faces know of it.
         scores: the TokenImportance node that a GatedRmsNorm's kernel does along.
+        norm: the GatedRmsNorm node whose gate a scan's kernel does if it can, in its place.
+
+    Returns:
+        The launches, and every tensor of them by name.
     """
     name = ONNX_NAMES.get(node.op_type)
     if name is None:
@@ -236,6 +326,8 @@ def _replace(
     attributes = {n: a.value for n, a in node.attributes.items()} | gpu
     if scores is not None:
         attributes["scores"] = True
+    if norm is not None:
+        attributes["gated"] = True
     try:
         calls = face.calls(specs, attributes)
     except ValueError as error:
@@ -250,14 +342,16 @@ def _replace(
         now.name = f"{node.name}/{index}/{call.kernel.name}"
         values |= dict(zip(call.outputs, outputs, strict=True))
         made.append(now)
-    results = [values[n] for n in face.results]
     old, outputs = [node], list(node.outputs)
+    if "gated" in values:  # in the place of y, which only the norm would read
+        old, outputs, values["y"] = [node, norm], [*norm.outputs, *outputs[1:]], values["gated"]
+    results = [values[n] for n in face.results]
     if scores is not None:
         results.append(values["scores"])
         old.append(scores)
         outputs += scores.outputs
     ir.convenience.replace_nodes_and_values(graph, node, old, made, outputs, results)
-    return calls
+    return calls, values
 
 
 def _spec(node: ir.Node, value: ir.Value, batch: int) -> Spec:

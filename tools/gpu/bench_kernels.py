@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "plugins"), str(ROOT)]
 
-from kernel_shapes import MODELS, PRODUCTS, Case, cases, tensors  # noqa: E402
+from kernel_shapes import MODELS, PRODUCTS, SCANS, Case, cases, tensors  # noqa: E402
 from tokred_plugins.kernels import Tactic, launch_into, torch_dtypes  # noqa: E402
 
 from tokred_export.backends.tune import Tuner  # noqa: E402
@@ -139,7 +139,7 @@ class Expected:
                 if x is not None and case.inputs[name].shape[:1] == (batch,) and x.dim() > 0:
                     x = x[item : item + 1] if name not in ("weight", "bias") else x
                 one[name] = x.double() if x is not None and x.is_floating_point() else x
-            if case.op == "ssd_scan":  # [H] parameters are no batch, even where H == B
+            if case.op in SCANS:  # [H] parameters are no batch, even where H == B
                 one |= {k: given[k].double() for k in ("dt_bias", "a_log", "d")}
             self.values.append(case.eager(one))
 
@@ -193,11 +193,11 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
             options = {} if segments is None else {"segments": segments}
             calls = launches(case, {kernel: tactic}, **options)
             # Its chunk decides the others.
-            whole = kernel in ("ssd_scan", "ssd_scan_hopper", "ssd_chunk_scan")
+            whole = kernel.startswith(("ssd_scan", "ssd_chunk_scan"))
             record(calls, kernel, str(tactic), None if whole else kernel, **options)
     if case.op == "ssd_scan":
         records += mamba_scan(case, prepared, label, floor)
-    if case.op in PRODUCTS:
+    if case.op in PRODUCTS and "squares" not in case.inputs:
         records += torch_product(case, prepared, label, floor)
     return records
 
@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
     parser.add_argument("--dtype", default="bf16", choices=["fp16", "bf16", "fp32"])
     parser.add_argument("--ops", nargs="*", default=[],
-                        help=f"only these ops; {' and '.join(PRODUCTS)} only where named")
+                        help=f"only these ops; {', '.join(PRODUCTS)} only where named")
     parser.add_argument("--tactics", action="store_true", help="time every candidate tactic")
     options = parser.parse_args()
 

@@ -7,15 +7,17 @@ matrix operations that give the op's result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from tokred_plugins import opset
 from tokred_plugins.kernels import Call, Spec, Tactic, torch_dtypes
 
 NO_LIMIT = 3.4e38
 VOCABULARY = 50288  # of the published models, rows of padding included
+SCANS = ("ssd_scan", "ssd_scan_gated")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Case:
     @property
     def kernel_attributes(self) -> tuple:
         """The attributes without the eager op's chunk size, which the kernels do not take."""
-        if self.op != "ssd_scan":
+        if self.op not in SCANS:
             return self.attributes
         groups, states, _, low, high = self.attributes
         return groups, states, low, high
@@ -166,7 +168,7 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
     )
     chunk = 64
     per_token = m.heads * (2 * chunk * m.head_dim + 4 * m.states * m.head_dim)
-    yield Case(
+    plain = Case(
         "ssd_scan",
         {"xbc": x(batch, length, m.channels), "zxbcdt": packed, "dt_bias": wide(m.heads),
          "a_log": wide(m.heads), "d": wide(m.heads), "pads": pads, "initial_state": None},
@@ -174,22 +176,61 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
         operations=rows * (per_token + 2.0 * chunk * m.states),
         needed=rows * (m.channels + m.heads) * two,
     )
+    yield plain
+    if this_gpu() == 90 and dtype != "fp32":  # there is a kernel of no other kind
+        gates = partial(scan.calls, target=90, segments=1, scratch=True, gated=True)
+        yield replace(  # reads z too
+            plain, op="ssd_scan_gated", calls=gates, outputs=("gated", "squares", "state"),
+            needed=plain.needed + rows * m.inner * two, plain=gated_scan,
+        )
 
 
-PRODUCTS = ("first_product", "second_product")
+def gated_scan(xbc: torch.Tensor, zxbcdt: torch.Tensor, *others: object) -> tuple:
+    """The scan's y times silu(z), the sums of its squares over each head, and the last state."""
+    y, state = opset.PLAIN.ssd_scan(xbc, zxbcdt, *others)
+    gated = y * F.silu(zxbcdt[:, :, : y.shape[2]])
+    return gated, gated.unflatten(2, (state.shape[1], -1)).square().sum(3), state
+
+
+PRODUCTS = ("first_product", "second_product", "second_product_scaled")
 
 
 def product_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
-    """The two projections of a layer, their weights stored as engines have them."""
+    """The two projections of a layer, their weights stored as engines have them; the second also
+    as it is after a gated scan, whose rows it divides by their root mean square."""
     from tokred_plugins.linear import kernel as linear
 
-    for op, inner, columns in zip(PRODUCTS, (m.width, m.inner), (m.columns, m.width), strict=True):
-        yield Case(
+    first, second, scaled = PRODUCTS
+    for op, inner, columns in ((first, m.width, m.columns), (second, m.inner, m.width)):
+        product = Case(
             op,
             {"x": Spec((batch, length, inner), dtype), "weight": Spec((columns, inner), dtype)},
             (True,), linear.calls, ("y",), operations=2.0 * batch * length * inner * columns,
             plain=lambda x, weight, turned: x @ weight.T,
         )
+        yield product
+    squares = Spec((batch, length, m.heads), "fp32")
+    yield replace(
+        product, op=scaled, inputs={**product.inputs, "squares": squares},
+        attributes=(True, 1e-5), calls=scaled_calls, plain=scaled_product,
+    )
+
+
+def scaled_calls(
+    x: Spec, weight: Spec, squares: Spec, turned: bool, eps: float,
+    tactics: dict[str, Tactic] | None = None,
+) -> tuple[Call, ...]:
+    """The launch of a product with the sums of squares that come with its rows."""
+    from tokred_plugins.linear import kernel as linear
+
+    return linear.calls(x, weight, turned, tactics=tactics, squares=squares, eps=eps)
+
+
+def scaled_product(
+    x: torch.Tensor, weight: torch.Tensor, squares: torch.Tensor, turned: bool, eps: float
+) -> torch.Tensor:
+    """Rows divided by their root mean square, as ``squares`` tell it, times the weight."""
+    return x @ weight.T * torch.rsqrt(squares.sum(2, keepdim=True) / x.shape[2] + eps)
 
 
 def site_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
@@ -248,9 +289,12 @@ def tensors(case: Case, seed: int) -> dict[str, torch.Tensor | None]:
         else:
             values = torch.randn(spec.shape, generator=random, device="cuda")
             made[name] = values.to(dtypes[spec.dtype])
-    if case.op == "ssd_scan":  # dt around 0.01 to 0.1, A from -1 to -16
+    if case.op in SCANS:  # dt around 0.01 to 0.1, A from -1 to -16
         made["dt_bias"].uniform_(-4.6, -2.3, generator=random)
         made["a_log"].uniform_(0.0, 2.77, generator=random)
+    if "squares" in made:  # of each head's share of a row
+        heads = made["squares"].shape[2]
+        made["squares"] = made["x"].float().unflatten(2, (heads, -1)).square().sum(3)
     if "input_ids" in made:
         made["input_ids"].random_(0, VOCABULARY, generator=random)
     if "lower" in made:

@@ -4,7 +4,7 @@
 # what speeds up the next step's build (timing caches) go to OUT, and from OUT they are read.
 # TOKRED_SECONDS bounds the timing of one model and batch, 60 if not set.
 #   kernels   kernel tests, the PTX through the driver, a fast look at every kernel's time
-#   products  every tactic of a layer's two products, beside cuBLAS
+#   products  every tactic of a layer's two products, beside cuBLAS, and of one that divides rows
 #   sanitize  the same tests under compute-sanitizer's memcheck
 #   small     130m, batch 1 and 8, dense and 30 %; the demo model's choices on 500 prompts
 #   middle    780m, batch 1 and 8
@@ -32,7 +32,7 @@ kernels)
     "$python" tools/gpu/bench_kernels.py --models 130m 780m 2.7b --out "$out/kernels.json" --lines "$out/kernels.jsonl"
     ;;
 products)
-    "$python" tools/gpu/bench_kernels.py --models 130m 780m 2.7b --dtype fp16 --tactics --ops first_product second_product --out "$out/products.json" --lines "$out/products.jsonl"
+    "$python" tools/gpu/bench_kernels.py --models 130m 780m 2.7b --dtype fp16 --tactics --ops first_product second_product second_product_scaled --out "$out/products.json" --lines "$out/products.jsonl"
     ;;
 sanitize)
     compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider tests/plugins -k "kernel and not true_size and not interpreter" | tee "$out/sanitize.log"
