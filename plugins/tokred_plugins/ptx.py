@@ -128,10 +128,11 @@ def tensor_map(
     yield "bar.warp.sync -1;"
 
 
-def barriers(stages: int, arrivals: int) -> Iterator[str]:
-    """By the first warp: one for each stage that is full, and one for each that is empty."""
+def barriers(stages: int, arrivals: int, fillers: int = 1) -> Iterator[str]:
+    """By the first warp: one for each stage that is full, and one for each that is empty; so many
+    say the one and the other."""
     for stage in range(stages):
-        yield f"@leads mbarrier.init.shared::cta.b64 [full + {8 * stage}], 1;"
+        yield f"@leads mbarrier.init.shared::cta.b64 [full + {8 * stage}], {fillers};"
         yield f"@leads mbarrier.init.shared::cta.b64 [empty + {8 * stage}], {arrivals};"
     yield "fence.mbarrier_init.release.cluster;"
     yield "bar.warp.sync -1;"

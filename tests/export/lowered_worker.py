@@ -40,25 +40,30 @@ def run_file(path: str, calls: Mapping[str, Call], feeds: Mapping[str, np.ndarra
     for node in model.graph.node:
         given = [values[name] for name in node.input]
         if node.domain == "tokred":
-            name = node.name.replace("/ssd_scan_hopper", "/ssd_scan")
-            if name.endswith("_gated"):
-                made = gated_scan(calls[name.removesuffix("_gated")], *given)
+            scan, _, kernel = node.name.partition("/0/ssd_scan_hopper")
+            if scan != node.name:
+                steps, walk = calls[f"{scan}/0/ssd_steps"], calls[f"{scan}/1/ssd_scan"]
+                made = walk_in_ptx(steps, walk, kernel == "_gated", *given)
             else:
-                made = run_kernel(calls.get(name) or product_call(node, calls, *given), given)
+                made = run_kernel(calls.get(node.name) or product_call(node, calls, *given), given)
         else:
             made = run_standard(node, given, model)
         values.update(zip(node.output, made, strict=True))
     return {value.name: values[value.name] for value in model.graph.output}
 
 
-def gated_scan(
-    call: Call, xbc: np.ndarray, z: np.ndarray, *others: np.ndarray
+def walk_in_ptx(
+    steps: Call, walk: Call, gates: bool, xbc: np.ndarray, z: np.ndarray, dt_bias: np.ndarray,
+    a_log: np.ndarray, d: np.ndarray, pads: np.ndarray,
 ) -> list[np.ndarray]:
-    """A scan whose y goes through the gate, and the sums of squares of each head."""
-    y, state = run_kernel(call, [xbc, *others])
+    """What the scan in PTX gives: y, or what goes through the gate and the sums of its squares."""
+    (made,) = run_kernel(steps, [z, dt_bias, a_log, pads])
+    y, state = run_kernel(walk, [xbc, d, pads, made])
+    if not gates:
+        return [y, state]
     z = z[:, :, : y.shape[2]].astype(np.float32)
     gated = y.astype(np.float32) * z / (1 + np.exp(-z))
-    heads = gated.reshape(*y.shape[:2], int(call.constants["H"]), -1)
+    heads = gated.reshape(*y.shape[:2], int(walk.constants["H"]), -1)
     return [gated.astype(y.dtype), (heads**2).sum(3), state]
 
 

@@ -236,7 +236,7 @@ INTEGERS = {
 }
 FLOATS = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-    "max": np.maximum,
+    "max": np.maximum, "min": np.minimum, "abs": np.abs,
     "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
 }
 
@@ -280,9 +280,13 @@ def convert(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> No
 
 
 def shuffle(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
-    """Every thread takes the number of the one whose lane differs by a mask."""
-    assert name == "shfl.sync.bfly.b32" and ops[3:] == ("31", "-1") and active.all()
-    warp.put(ops[0], warp.get(ops[1])[LANES ^ int(ops[2])], active)
+    """Every thread takes the number of another: whose lane differs by a mask, of so many before (or
+    its own, where there is none), or of one for all."""
+    kind, by = name.removeprefix("shfl.sync.").removesuffix(".b32"), int(ops[2])
+    before = np.where(by <= LANES, LANES - by, LANES)
+    others = {"bfly": LANES ^ by, "up": before, "idx": np.full(32, by)}
+    assert ops[3:] == ("0" if kind == "up" else "31", "-1") and active.all()
+    warp.put(ops[0], warp.get(ops[1])[others[kind]], active)
 
 
 def root(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
@@ -593,7 +597,7 @@ def nothing(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> No
 
 HANDLERS = {
     **dict.fromkeys(("add", "sub", "mul", "mad", "div", "rem", "shl", "shr", "and", "or", "xor",
-                     "min", "max", "bfe", "fma"), arithmetic),
+                     "min", "max", "abs", "bfe", "fma"), arithmetic),
     "mov": move, "cvt": convert, "setp": compare, "selp": select, "ex2": exponent, "ld": load,
     "st": store, "ldmatrix": matrices, "stmatrix": matrices, "wgmma": multiply,
     "bar": synchronize, "barrier": synchronize, "mbarrier": mbarrier, "mapa": map_address,
@@ -687,13 +691,19 @@ class Machine:
                     warp.waiting = None
 
 
-def integers(lines: Sequence[str], registers: dict[str, int]) -> dict[str, int]:
-    """The registers after straight lines of 32-bit integer arithmetic."""
+def straight(lines: Sequence[str], registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The registers of a warp after lines without jumps."""
     warp = Warp(None, 0)
-    warp.registers = {name: np.full(32, n, np.uint64) for name, n in registers.items()}
+    warp.registers = dict(registers)
     for line in parse("{\n" + "\n".join(lines) + "\n}")[0]:
         execute(warp, line, np.ones(32, bool))
-    return {name: int(values[0]) for name, values in warp.registers.items()}
+    return warp.registers
+
+
+def integers(lines: Sequence[str], registers: dict[str, int]) -> dict[str, int]:
+    """The registers after straight lines of 32-bit integer arithmetic."""
+    found = straight(lines, {name: np.full(32, n, np.uint64) for name, n in registers.items()})
+    return {name: int(values[0]) for name, values in found.items()}
 
 
 def check_fences(code: str) -> None:

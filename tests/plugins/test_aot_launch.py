@@ -157,7 +157,7 @@ def test_the_scan_in_ptx(length, heads, groups, pads, dtype, together):
         steps, plain = scan.calls(*specs, *limits, segments=1)
         values = given | launch(steps, given)
         triton = launch(plain, values)
-        _, call = scan.calls(*specs, *limits, segments=1, target=90, scratch=True)
+        (call,) = scan.calls(*specs, *limits, segments=1, target=90, scratch=True)
         tactic = scan.SSD_SCAN_HOPPER.tactics[together - 1]
         call = replace(call, tactic=tactic, grid=(heads // together, 1))
         made = launch_ptx(compile_call(call, TARGET), values)
@@ -168,7 +168,7 @@ def test_the_scan_in_ptx(length, heads, groups, pads, dtype, together):
                 (found[name].double() - exact).norm() for found in (made, triton)
             )
             assert error <= 1.05 * other + 1e-6 * exact.norm(), (name, error, other)
-        call = scan.calls(*specs, *limits, segments=1, target=90, scratch=True, gated=True)[1]
+        (call,) = scan.calls(*specs, *limits, segments=1, target=90, scratch=True, gated=True)
         call = replace(call, tactic=tactic, grid=(heads // together, 1))
         check_gated(launch_ptx(compile_call(call, TARGET), values), wide[1], expected)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ptx_machine import ORDERS, GlobalMemory, Machine, check_fences, to_float
+from ptx_machine import ORDERS, GlobalMemory, Machine, check_fences, straight, to_float
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -24,6 +24,7 @@ from tokred_plugins.ssd_scan import hopper, launches
 from tokred_plugins.ssd_scan.reference import ssd_scan_reference
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FREE = 0.0, 1e9  # what dt is clamped to
 KINDS = {"fp16": "f16", "bf16": "bf16"}
 
 
@@ -43,13 +44,13 @@ def calls(batch=1, length=200, heads=80, groups=1, states=128, dtype="fp16", **o
 @pytest.mark.parametrize("d_dtype", ["fp32", "16 bit"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("together", [1, 2])
-@pytest.mark.parametrize("z_columns", [0, 3352], ids=["", "gated"])
-def test_the_assembler_takes_it(z_columns, together, dtype, d_dtype, tmp_path):
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_the_assembler_takes_it(gated, together, dtype, d_dtype, tmp_path):
     """No spills, and none of the remarks by which it says that products wait for each other."""
     from triton import knobs
 
     d_dtype = dtype if d_dtype == "16 bit" else d_dtype
-    walk = hopper.Walk(24, 1, dtype, d_dtype, together, z_columns)
+    walk = hopper.Walk(24, 1, dtype, d_dtype, together, 3352, gated, d_dtype, d_dtype)
     source = tmp_path / "kernel.ptx"
     source.write_text(hopper.write(walk, "k"))
     command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", f"{source}.o"]
@@ -66,9 +67,8 @@ def test_the_assembler_takes_it(z_columns, together, dtype, d_dtype, tmp_path):
 def test_which_is_launched(batch, heads, together, gated):
     """One head a program where that fills the GPU or two would leave it idle; a group's heads
     in pairs."""
-    steps, scan = calls(batch, heads=heads, gated=gated)
-    name = "ssd_scan_hopper_gated" if gated else "ssd_scan_hopper"
-    assert steps.kernel.name == "ssd_steps" and scan.kernel.name == name
+    (scan,) = calls(batch, heads=heads, gated=gated)
+    assert scan.kernel.name == ("ssd_scan_hopper_gated" if gated else "ssd_scan_hopper")
     assert scan.tactic.blocks == {"HEADS": together} and scan.grid == (heads // together, 1)
     compiled = compile_call(scan, 90)
     assert compiled.block == 128 * (together + 1) and compiled.shared <= SHARED_LIMITS[90]
@@ -81,7 +81,7 @@ def test_which_is_launched(batch, heads, together, gated):
 def test_heads_of_a_group():
     """A tactic asked for that would take heads of two groups is not taken, nor compiled."""
     asked = {"ssd_scan_hopper": launches.SSD_SCAN_HOPPER.tactics[1]}
-    _, scan = calls(heads=75, tactics=asked)
+    (scan,) = calls(heads=75, tactics=asked)
     assert scan.tactic.blocks == {"HEADS": 1} and scan.grid == (75, 1)
     with pytest.raises(ValueError, match="2 heads walked together do not divide a group of 75"):
         compile_call(replace(scan, tactic=asked["ssd_scan_hopper"]), 90)
@@ -89,8 +89,8 @@ def test_heads_of_a_group():
 
 def test_fences():
     """Before what threads wrote is read by others than threads."""
-    for z_columns in (0, 3352):
-        check_fences(hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, z_columns), "k"))
+    for gated in (False, True):
+        check_fences(hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, 3352, gated), "k"))
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
@@ -110,8 +110,18 @@ def test_where_triton_s_is_launched(other, gated):
 
 def test_rows_of_z_that_are_no_whole_16_bytes():
     """The accelerator reads none such: 75 heads are not gated."""
-    names = [calls(segments=1, heads=heads, gated=True)[1].kernel.name for heads in (75, 72)]
+    names = [calls(segments=1, heads=heads, gated=True)[0].kernel.name for heads in (75, 72)]
     assert names == ["ssd_scan_hopper", "ssd_scan_hopper_gated"]
+
+
+def test_softplus():
+    """Of all that a projection may say: as near as float32 is, also where dt is next to nothing."""
+    for x in np.float32([*np.linspace(-80, 80, 641), -1e-3, 1e-3, -1e-6, 0.0]).reshape(-1, 5):
+        given = np.resize(x, 32)
+        found = straight([*hopper._softplus("dt0", "raw0")], {"raw0": given})["dt0"]
+        expected = np.logaddexp(0, given.astype(float))
+        # An exponent's rounding is 2^-24 of it.
+        np.testing.assert_allclose(found, expected, rtol=1e-7 * abs(given).max() + 4e-7)
 
 
 def bits(tensor):
@@ -122,19 +132,21 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize(
-    ("length", "heads", "groups", "pads", "together", "dtype", "d_dtype"),
+    ("length", "heads", "groups", "pads", "together", "dtype", "d_dtype", "limits"),
     [
-        (64, 2, 1, [0], 1, "fp16", "fp32"),
-        (130, 2, 1, [0], 2, "fp16", "fp16"),
-        (150, 4, 2, [37, 129], 2, "bf16", "bf16"),
-        (270, 2, 2, [64, 3], 1, "bf16", "fp32"),
-        (65, 2, 1, [65, 64], 2, "fp16", "fp32"),
-        (1, 2, 1, [0, 1], 1, "fp16", "fp32"),
+        (64, 2, 1, [0], 1, "fp16", "fp32", FREE),
+        (130, 2, 1, [0], 2, "fp16", "fp16", FREE),
+        (150, 4, 2, [37, 129], 2, "bf16", "bf16", FREE),
+        (270, 2, 2, [64, 3], 1, "bf16", "fp32", (0.01, 0.5)),
+        (65, 2, 1, [65, 64], 2, "fp16", "fp32", FREE),
+        (1, 2, 1, [0, 1], 1, "fp16", "fp32", FREE),
     ],
 )
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtype, order, gated):
+def test_run_by_the_machine(
+    length, heads, groups, pads, together, dtype, d_dtype, limits, order, gated
+):
     """Against float64: parts of chunks, padding of some, of whole chunks and of all; strong decay,
     and every row written."""
     random = torch.Generator().manual_seed(0)
@@ -145,27 +157,25 @@ def test_run_by_the_machine(length, heads, groups, pads, together, dtype, d_dtyp
         return torch.randn(shape, generator=random)
 
     xbc = normal(batch, length, columns).to(DTYPES[dtype])
-    packed = 2 * normal(batch, length, heads)
-    bias, a_log, d = normal(heads), 1 + normal(heads), normal(heads).to(DTYPES[d_dtype])
+    of_heads = normal(heads), 1 + normal(heads), normal(heads)
+    bias, a_log, d = (x.to(DTYPES[d_dtype]) for x in of_heads)
     rows = torch.tensor(pads, dtype=torch.int32)
-    wide = [t.double() for t in (xbc, packed, bias, a_log, d)]
-    expected = ssd_scan_reference(*wide, rows, None, groups, 128, 64, 0.0, 1e9)
+    z = 3 * normal(batch, length, heads * 64 + columns + 8)  # rows of whole 16 bytes
+    z[..., -heads // 2 :] *= 4  # dt from far below its bias to far above it
+    z = z.to(DTYPES[dtype])
+    wide = [t.double() for t in (xbc, z[..., -heads:], bias, a_log, d)]
+    expected = ssd_scan_reference(*wide, rows, None, groups, 128, 64, *limits)
 
-    dt = F.softplus(wide[1] + wide[2])
-    dt = torch.where(torch.arange(length)[None, :, None] >= rows[:, None, None], dt, 0)
-    dt = F.pad(dt, (0, 0, 0, 64 * chunks - length)).view(batch, chunks, 64, heads)
-    run = (dt * -wide[3].exp() / math.log(2)).cumsum(2)
-    steps = torch.stack([dt, run], -1).permute(0, 3, 1, 2, 4).float().contiguous()
-
-    z_columns = heads * 64 + columns + 8 if gated else 0
-    walk = hopper.Walk(heads, groups, dtype, d_dtype, together, z_columns)
-    z = (3 * normal(batch, length, z_columns)).to(DTYPES[dtype])
+    packed = z.shape[2]
+    walk = hopper.Walk(
+        heads, groups, dtype, d_dtype, together, packed, gated, d_dtype, d_dtype, *limits
+    )
     y = torch.full((batch, length, heads * 64), torch.nan, dtype=DTYPES[dtype])
     state = torch.full((batch, heads, 64, 128), torch.nan)
     grid = (heads // together, batch)
     squares = torch.full((batch, length, heads), torch.nan)
     memory = GlobalMemory()
-    read = (xbc, z, d, rows, steps) if gated else (xbc, d, rows, steps)
+    read = (xbc, z, bias, a_log, d, rows)
     written = (y, squares, state) if gated else (y, state)
     inputs, outputs = ([memory.add(bits(t)) for t in tensors] for tensors in (read, written))
     scratch = memory.add(np.zeros(math.prod(grid) * walk.maps * 128, np.uint8))

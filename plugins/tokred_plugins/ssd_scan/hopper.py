@@ -1,8 +1,9 @@
 """The walk over chunks for compute capability 9.0 as PTX, written out: what Triton 3.6 cannot say.
 
 A block of threads walks the chunks of one or two heads of a sequence. One of its warps only asks
-for what the next chunks read; a group of four warps for each head computes, and while one waits for
-products the other works. What both heads read, B and C, is read once. Rows of padding, and rows
+for what the next chunks read; one for each head computes dt and its decay, a few chunks ahead of
+the group of four warps for each head that does the rest, and while one waits for products the other
+works. What both heads read, B and C, is read once. Rows of padding, and rows
 beyond the end, are outside the matrix that the tensor memory accelerator is told of: they read as
 zeros and are not written. (It reads from rows before the first, and writes to none: a store that
 begins there is an illegal instruction on an H100. The chunk across the first row is stored by the
@@ -31,14 +32,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tokred_plugins import ptx
-from tokred_plugins.kernels import Call, Written
+from tokred_plugins.kernels import Call, Written, cdiv
 
 CHUNK = 64
 HEAD_DIM = 64
 STATES = 128
 STAGES = 3
 _TILE = 64 * ptx.ROW_BYTES  # bytes of 64 rows of 64 numbers
-_STEPS = CHUNK * 8  # bytes of dt and its running decay, in float32
+# Bytes of what is computed ahead, in float32: of each token dt and the running decay; dt by what is
+# left of it at the chunk's end; and dt by what is left at token 16, 32 and 48, of those before.
+_PAIRS, _ENDS, _NEARS = CHUNK * 8, CHUNK * 4, CHUNK * 4 * 3
+_STEPS = _PAIRS + _ENDS + _NEARS
+_SERIES = 8  # terms: (1/3)^16 / 17 is 1e-9
 _GATES = 16  # bytes of a head's barriers for z
 _LEAST = -40.0  # below it silu(z) is nothing: two exponents of what is above it can be multiplied
 _COPY = 2 * _TILE  # bytes of the state, rounded: [P, N] in two tiles
@@ -54,7 +59,11 @@ class Walk:
         dtype: fp16 or bf16, of x, B, C and y.
         d_dtype: fp32, fp16 or bf16, of D.
         together: heads a block of threads walks: 1 or 2, of one group.
-        z_columns: of the projection that begins with z, a multiple of 8; 0 where nothing is gated.
+        packed: numbers of a row of the projection, which begins with z and ends with dt; a multiple
+            of 8 where z is read.
+        gated: the result is times silu(z), and its squares are summed up.
+        dt_bias_dtype, a_log_dtype: fp32, fp16 or bf16.
+        dt_min, dt_max: limits of dt.
     """
 
     heads: int
@@ -62,12 +71,17 @@ class Walk:
     dtype: str
     d_dtype: str
     together: int
-    z_columns: int = 0
+    packed: int
+    gated: bool = False
+    dt_bias_dtype: str = "fp32"
+    a_log_dtype: str = "fp32"
+    dt_min: float = 0.0
+    dt_max: float = math.inf
 
     @property
     def maps(self) -> int:
         """Of x, B and C, of results, and of z."""
-        return 3 if self.z_columns else 2
+        return 3 if self.gated else 2
 
     @property
     def columns(self) -> int:
@@ -81,7 +95,7 @@ class Walk:
     @property
     def stage_bytes(self) -> int:
         """C, B, and for each head x and its steps; a multiple of 1024."""
-        return 4 * _TILE + self.together * _TILE + 1024
+        return 4 * _TILE + self.together * _TILE + 1024 * cdiv(self.together * _STEPS, 1024)
 
     @property
     def copies_at(self) -> int:
@@ -94,7 +108,7 @@ class Walk:
     @property
     def places(self) -> int:
         """Tiles from which the results of a head leave, in turn."""
-        return 2 if self.z_columns else 1
+        return 2 if self.gated else 1
 
     @property
     def barriers_at(self) -> int:
@@ -107,7 +121,7 @@ class Walk:
 
     @property
     def shared(self) -> int:
-        return self.gates_at + (_GATES * self.together if self.z_columns else 0)
+        return self.gates_at + (_GATES * self.together if self.gated else 0)
 
 
 def written(call: Call) -> Written:
@@ -122,52 +136,53 @@ def written(call: Call) -> Written:
         raise ValueError(f"{together} heads walked together do not divide a group of {of_group}")
     walk = Walk(
         int(constants["H"]), int(constants["G"]), call.inputs["xbc"], call.inputs["d"],
-        together, int(constants["Z"]) if "gated" in call.outputs else 0,
+        together, int(constants["Z"]), "gated" in call.outputs, call.inputs["dt_bias"],
+        call.inputs["a_log"], float(constants["DT_MIN"]), float(constants["DT_MAX"]),
     )
     name = call.kernel.name
     return Written(write(walk, name), name, walk.shared, walk.maps * ptx.MAP_BYTES)
 
 
 def write(walk: Walk, name: str) -> str:
-    """The PTX of ``name(xbc, d, pads, steps, length, chunks, y, state, scratch, profile)``; gated,
-    ``zxbcdt`` comes after ``xbc`` and ``squares`` after ``y``."""
+    """The PTX of ``name(xbc, zxbcdt, dt_bias, a_log, d, pads, length, chunks, y, state, scratch,
+    profile)``; gated, ``squares`` comes after ``y``."""
     work = (_walk(walk, head) for head in range(walk.together))
     lines = [*_registers(walk), *_prepare(walk, name), *ptx.roles(_ask(walk), work), "ret;"]
-    inputs, outputs = _pointers(walk)
     parameters = (
-        *((p, "pointer") for p in inputs), ("length", "int"), ("chunks", "int"),
-        *((p, "pointer") for p in outputs),
+        *((p, "pointer") for p in _INPUTS), ("length", "int"), ("chunks", "int"),
+        *((p, "pointer") for p in _outputs(walk)),
     )
     return ptx.entry(name, parameters, walk.threads, 1, lines)
 
 
-def _pointers(walk: Walk) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of what is read and of what is written."""
-    if walk.z_columns:
-        return ("xbc", "zxbcdt", "d", "pads", "steps"), ("y", "squares", "state")
-    return ("xbc", "d", "pads", "steps"), ("y", "state")
+_INPUTS = ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads")
+
+
+def _outputs(walk: Walk) -> tuple[str, ...]:
+    return ("y", "squares", "state") if walk.gated else ("y", "state")
 
 
 def _registers(walk: Walk) -> Iterator[str]:
     yield from ptx.common_registers()
-    if walk.z_columns:
+    if walk.gated:
         yield ".reg .b32 gate, gate_parity, place, outs, gated<4>;"
-        yield ".reg .b64 zxbcdt, squares, map_z;"
+        yield ".reg .b64 squares, map_z;"
         yield ".reg .f32 silu, upper_squares, lower_squares;"
     yield ".reg .b32 length, chunks, chunk, batch, pad, first, rows, head, group, warp, held;"
     yield ".reg .b32 to<4>, x_across, x_at, steps_at, copy, out;"
-    yield ".reg .b64 xbc, d, pads, steps, y, state, scratch, map_x, map_y, from, offset;"
+    yield ".reg .b64 xbc, zxbcdt, dt_bias, a_log, d, pads, y, state, scratch, map_x, map_y;"
+    yield ".reg .b64 from, offset, apart;"
     yield ".reg .b64 desc_c, desc_b, desc_h, desc_x, desc_n;"
     yield ".reg .b32 weighted<16>, mixed<16>, two<4>;"
-    yield ".reg .f32 score<32>, sum<32>, kept<64>, dt<16>, run<16>;"
+    yield ".reg .f32 score<32>, sum<32>, kept<64>, dt<4>, run<4>;"
+    yield ".reg .f32 bias, rate, raw<2>, next<2>, total, series;"
     yield ".reg .f32 last, upper, lower, skip, f, g, decay, even_weight, odd_weight;"
     yield ".reg .f32 near, upper_near, lower_near;"
     yield ".reg .b16 half, other;"
 
 
 def _prepare(walk: Walk, name: str) -> Iterator[str]:
-    inputs, outputs = _pointers(walk)
-    for register in (*inputs, *outputs, "scratch"):
+    for register in (*_INPUTS, *_outputs(walk), "scratch"):
         yield f"ld.param.u64 {register}, [{name}_{register}];"
     for register in ("length", "chunks"):
         yield f"ld.param.u32 {register}, [{name}_{register}];"
@@ -180,7 +195,7 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
     yield f"mul.wide.u32 wide, t, {walk.maps * ptx.MAP_BYTES};"
     yield "add.u64 map_x, scratch, wide;"
     yield f"add.u64 map_y, map_x, {ptx.MAP_BYTES};"
-    if walk.z_columns:
+    if walk.gated:
         yield f"add.u64 map_z, map_y, {ptx.MAP_BYTES};"
     yield f"mul.lo.u32 head, head, {walk.together};"
     yield f"div.u32 group, head, {walk.heads // walk.groups};"
@@ -205,19 +220,19 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
     yield "mad.lo.u32 u, batch, length, pad;"
     box, width = (ptx.DEEP, CHUNK), walk.heads * HEAD_DIM
     maps = [("xbc", "map_x", walk.columns, walk.columns), ("y", "map_y", width, width)]
-    if walk.z_columns:
-        maps.append(("zxbcdt", "map_z", width, walk.z_columns))
+    if walk.gated:
+        maps.append(("zxbcdt", "map_z", width, walk.packed))
     for i, (pointer, there, columns, apart) in enumerate(maps):
         yield f"mul.wide.u32 offset, u, {2 * apart};"
         yield f"add.u64 from, {pointer}, offset;"
         yield f"add.u32 at, base, {walk.out_at + i * ptx.MAP_BYTES};"
         size = (columns, "rows")
         yield from ptx.tensor_map("from", there, size, box, 2 * apart, walk.dtype)
-    if walk.z_columns:
+    if walk.gated:
         for i in range(2 * walk.together):
             yield f"@leads mbarrier.init.shared::cta.b64 [full + {16 * STAGES + 8 * i}], 1;"
         yield "fence.proxy.async.shared::cta;"  # z comes where the maps were made
-    yield from ptx.barriers(STAGES, walk.together)
+    yield from ptx.barriers(STAGES, walk.together, 1 + walk.together)
     yield "READY:"
     yield "bar.sync 0;"
     for _, there, *_ in maps:
@@ -227,24 +242,21 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
 
 
 def _ask(walk: Walk) -> Iterator[str]:
-    """The first warp's first thread asks for operands, as stages become empty."""
+    """The first warp's first thread asks for operands, as stages become empty; the next warps
+    compute steps."""
     yield f"setmaxnreg.dec.sync.aligned.u32 {ptx.FEW_REGISTERS};"
+    yield "mov.u32 parity, 1;"  # nothing was ever in a stage: that phase counts as over
+    yield "setp.ge.u32 p, thread, 32;"
+    yield "@p bra STEPS;"
     yield "setp.ne.u32 p, thread, 0;"
     yield "@p bra END;"
-    yield "mov.u32 parity, 1;"  # nothing was ever in a stage: that phase counts as over
-    # The steps of the first head: [B, H, chunks * Q, 2].
-    yield f"mad.lo.u32 t, batch, {walk.heads}, head;"
-    yield "mul.wide.u32 offset, t, chunks;"
-    yield f"mul.lo.u64 offset, offset, {_STEPS};"
-    yield "add.u64 steps, steps, offset;"
-    yield f"mul.wide.u32 stride, chunks, {_STEPS};"  # from one head to the next
     yield "ASK:"
     yield "setp.ge.u32 p, chunk, chunks;"
     yield "@p bra END;"
     yield "mad.lo.u32 bar, stage, 8, empty;"
     yield from ptx.wait("bar", "ASK_WAIT")
     yield "mad.lo.u32 bar, stage, 8, full;"
-    delivered = (4 + walk.together) * _TILE + walk.together * _STEPS
+    delivered = (4 + walk.together) * _TILE
     yield f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {delivered};"
     yield f"mad.lo.u32 at, stage, {walk.stage_bytes}, base;"
     yield f"mul.lo.u32 row, chunk, {CHUNK};"
@@ -260,18 +272,131 @@ def _ask(walk: Walk) -> Iterator[str]:
         yield f"{ptx.LOAD} [at], [map_x, {{column, row}}], [bar];"
         yield f"add.u32 at, at, {_TILE};"
         yield f"add.u32 column, column, {HEAD_DIM};"
-    yield f"mul.wide.u32 offset, chunk, {_STEPS};"
-    yield "add.u64 from, steps, offset;"
-    for _ in range(walk.together):
-        yield (
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-            f"[at], [from], {_STEPS}, [bar];"
-        )
-        yield f"add.u32 at, at, {_STEPS};"
-        yield "add.u64 from, from, stride;"
     yield from ptx.next_stage(STAGES)
     yield "add.u32 chunk, chunk, 1;"
     yield "bra ASK;"
+    yield from _compute_steps(walk)
+
+
+def _compute_steps(walk: Walk) -> Iterator[str]:
+    """dt, its running decay, and what they make of each token, by a warp for each head; a thread
+    has two tokens of a chunk, those of the next are on their way."""
+    yield "STEPS:"
+    yield "shr.u32 warp, thread, 5;"
+    yield "sub.u32 warp, warp, 1;"
+    yield f"setp.ge.u32 p, warp, {walk.together};"
+    yield "@p bra END;"
+    yield "setp.eq.u32 leads, lane, 0;"
+    yield "add.u32 head, head, warp;"
+    yield from _of_head("bias", "dt_bias", walk.dt_bias_dtype)
+    yield from _of_head("rate", "a_log", walk.a_log_dtype)
+    log2_e = math.log2(math.e)
+    yield f"mul.f32 rate, rate, {ptx.float_literal(log2_e)};"
+    yield "ex2.approx.ftz.f32 rate, rate;"
+    yield f"mul.f32 rate, rate, {ptx.float_literal(-log2_e)};"
+    # This thread's first number of the chunk: row first * Q + 2 lane of the sequence.
+    yield f"mul.lo.u32 row, chunk, {CHUNK};"
+    yield "mad.lo.u32 row, lane, 2, row;"
+    yield "mad.lo.u32 u, batch, length, row;"
+    yield f"mul.wide.u32 offset, u, {2 * walk.packed};"
+    yield "add.u64 from, zxbcdt, offset;"
+    yield f"add.u32 t, head, {walk.packed - walk.heads};"
+    yield "mul.wide.u32 offset, t, 2;"
+    yield "add.u64 from, from, offset;"
+    yield "sub.s32 row, row, pad;"
+    yield f"mov.u64 apart, {2 * walk.packed * CHUNK};"  # from one chunk to the next
+    yield from _load_raw(walk)
+    yield "STEP:"
+    yield "setp.ge.u32 p, chunk, chunks;"
+    yield "@p bra END;"
+    for i in range(2):
+        yield f"add.f32 raw{i}, next{i}, bias;"
+    yield "mov.u32 t, row;"
+    yield f"add.u32 row, row, {CHUNK};"
+    yield "add.u64 from, from, apart;"
+    yield from _load_raw(walk)
+    for i in range(2):
+        yield from _softplus(f"dt{i}", f"raw{i}")
+        yield f"max.f32 dt{i}, dt{i}, {ptx.float_literal(walk.dt_min)};"
+        yield f"min.f32 dt{i}, dt{i}, {ptx.float_literal(walk.dt_max)};"
+        yield f"add.u32 u, t, {i};"
+        yield "setp.lt.u32 p, u, rows;"  # rows of padding are huge
+        yield f"selp.f32 dt{i}, dt{i}, 0f00000000, p;"
+        yield f"mul.f32 run{i}, dt{i}, rate;"
+    # Sums over the threads before, and this one's.
+    yield "add.f32 run1, run0, run1;"
+    yield "mov.f32 total, run1;"
+    for apart in (1, 2, 4, 8, 16):
+        yield f"shfl.sync.up.b32 f, total, {apart}, 0, -1;"
+        yield f"setp.ge.u32 p, lane, {apart};"
+        yield "@p add.f32 total, total, f;"
+    yield "shfl.sync.up.b32 f, total, 1, 0, -1;"
+    yield "setp.eq.u32 p, lane, 0;"
+    yield "selp.f32 f, 0f00000000, f, p;"
+    yield "add.f32 run0, f, run0;"
+    yield "mov.f32 run1, total;"
+    yield "mad.lo.u32 bar, stage, 8, empty;"
+    yield from ptx.wait("bar", "STEP_WAIT")
+    yield f"mad.lo.u32 at, stage, {walk.stage_bytes}, base;"
+    yield f"mad.lo.u32 at, warp, {_STEPS}, at;"
+    yield f"add.u32 at, at, {(4 + walk.together) * _TILE};"
+    yield "mad.lo.u32 t, lane, 16, at;"
+    yield "st.shared.v4.f32 [t], {dt0, run0, dt1, run1};"
+    yield "mad.lo.u32 t, lane, 8, at;"
+    yield "shfl.sync.idx.b32 f, total, 31, 31, -1;"
+    yield from _left("f")
+    yield f"st.shared.v2.f32 [t + {_PAIRS}], {{even_weight, odd_weight}};"
+    for i in range(3):
+        yield f"shfl.sync.idx.b32 f, run0, {8 * (i + 1)}, 31, -1;"
+        yield from _left("f")
+        yield f"setp.lt.u32 p, lane, {8 * (i + 1)};"
+        at = _PAIRS + _ENDS + 4 * CHUNK * i
+        yield f"@p st.shared.v2.f32 [t + {at}], {{even_weight, odd_weight}};"
+    yield "bar.warp.sync -1;"
+    yield "mad.lo.u32 bar, stage, 8, full;"
+    yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
+    yield from ptx.next_stage(STAGES)
+    yield "add.u32 chunk, chunk, 1;"
+    yield "bra STEP;"
+
+
+def _load_raw(walk: Walk) -> Iterator[str]:
+    """``next``: what the projection says of dt for the two tokens from ``row`` on."""
+    for i, number in enumerate(("half", "other")):
+        yield f"add.u32 u, row, {i};"
+        yield "setp.lt.u32 p, u, rows;"
+        yield f"mov.b16 {number}, 0;"
+        yield f"@p ld.global.b16 {number}, [from + {2 * walk.packed * i}];"
+        yield f"cvt.f32.{ptx.KIND[walk.dtype]} next{i}, {number};"
+
+
+def _softplus(target: str, x: str) -> Iterator[str]:
+    """log(1 + exp(x)) = max(x, 0) + 2 artanh(s), s = u / (2 + u), u = exp(-|x|).
+
+    s is at most 1/3, so that a few terms of its series do: the logarithm of the hardware is off by
+    a constant, which is all there is of a small dt.
+    """
+    yield f"abs.f32 f, {x};"
+    yield f"mul.f32 f, f, {ptx.float_literal(-math.log2(math.e))};"
+    yield "ex2.approx.ftz.f32 f, f;"
+    yield f"add.f32 g, f, {ptx.float_literal(2.0)};"
+    yield "rcp.approx.ftz.f32 g, g;"
+    yield "mul.f32 f, f, g;"
+    yield "mul.f32 g, f, f;"
+    yield f"mov.f32 series, {ptx.float_literal(2 / (2 * _SERIES - 1))};"
+    for term in reversed(range(_SERIES - 1)):
+        yield f"mov.f32 decay, {ptx.float_literal(2 / (2 * term + 1))};"
+        yield "fma.rn.f32 series, series, g, decay;"
+    yield f"max.f32 g, {x}, 0f00000000;"
+    yield f"fma.rn.f32 {target}, series, f, g;"
+
+
+def _left(until: str) -> Iterator[str]:
+    """dt of both tokens by what is left of it where the running decay is ``until``."""
+    for i, weight in enumerate(("even_weight", "odd_weight")):
+        yield f"sub.f32 decay, {until}, run{i};"
+        yield "ex2.approx.ftz.f32 decay, decay;"
+        yield f"mul.f32 {weight}, decay, dt{i};"
 
 
 def _next_place() -> Iterator[str]:
@@ -292,7 +417,7 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
     yield f"add.u32 head, head, {which};"
     yield "mov.u32 parity, 0;"
     yield from _places()
-    yield from _skip_weight(walk)
+    yield from _of_head("skip", "d", walk.d_dtype)
     for i in range(64):
         yield f"mov.f32 kept{i}, 0f00000000;"
     yield f"add.u32 copy, base, {copy};"
@@ -300,7 +425,7 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
     yield from _copy_state(walk)
     yield "fence.proxy.async.shared::cta;"
     yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
-    if walk.z_columns:
+    if walk.gated:
         yield f"add.u32 gate, base, {walk.gates_at + _GATES * which};"
         yield "mov.u32 outs, out;"
         yield "mov.u32 place, 0;"
@@ -349,16 +474,15 @@ def _places() -> Iterator[str]:
     yield "mad.lo.u32 x_across, u, 16, t;"
 
 
-def _skip_weight(walk: Walk) -> Iterator[str]:
-    """D of this head."""
-    size = 4 if walk.d_dtype == "fp32" else 2
-    yield f"mul.wide.u32 offset, head, {size};"
-    yield "add.u64 from, d, offset;"
-    if walk.d_dtype == "fp32":
-        yield "ld.global.f32 skip, [from];"
+def _of_head(register: str, pointer: str, dtype: str) -> Iterator[str]:
+    """A number of this head, as float32."""
+    yield f"mul.wide.u32 offset, head, {4 if dtype == 'fp32' else 2};"
+    yield f"add.u64 from, {pointer}, offset;"
+    if dtype == "fp32":
+        yield f"ld.global.f32 {register}, [from];"
     else:
         yield "ld.global.b16 half, [from];"
-        yield f"cvt.f32.{ptx.KIND[walk.d_dtype]} skip, half;"
+        yield f"cvt.f32.{ptx.KIND[dtype]} {register}, half;"
 
 
 def _by_columns(name: str, right: str, dtype: str) -> Iterator[str]:
@@ -415,19 +539,21 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     yield from _by_columns("score", "desc_b", dtype)
     yield from _by_columns("sum", "desc_h", dtype)
 
-    # Meanwhile: dt and its running decay at this thread's sixteen columns and two rows.
-    yield "and.b32 t, lane, 3;"
-    yield "mad.lo.u32 t, t, 16, steps_at;"
-    for i in range(8):
-        a, b = 2 * i, 2 * i + 1
-        yield f"ld.shared.v4.f32 {{dt{a}, run{a}, dt{b}, run{b}}}, [t + {64 * i}];"
+    # Meanwhile: the running decay of this thread's two rows, dt and the decay of its four columns
+    # among the warp's own.
     yield "mad.lo.u32 u, warp, 128, steps_at;"
     yield "ld.shared.f32 near, [u + 4];"
+    yield "and.b32 t, lane, 3;"
+    yield "mad.lo.u32 v, t, 16, u;"
+    for i in range(2):
+        a, b = 2 * i, 2 * i + 1
+        yield f"ld.shared.v4.f32 {{dt{a}, run{a}, dt{b}, run{b}}}, [v + {64 * i}];"
     yield "shr.u32 v, lane, 2;"
     yield "mad.lo.u32 u, v, 8, u;"
     yield "ld.shared.f32 upper, [u + 4];"
     yield "ld.shared.f32 lower, [u + 68];"
-    yield f"ld.shared.f32 last, [steps_at + {_STEPS - 4}];"
+    yield f"ld.shared.f32 last, [steps_at + {_PAIRS - 4}];"
+    yield "mad.lo.u32 steps_at, t, 8, steps_at;"  # of this thread's columns, 4 bytes a token
     yield from _weighted(dtype)
 
     yield "wgmma.wait_group.sync.aligned 1;"
@@ -439,11 +565,11 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     for i in range(64):
         yield f"mul.f32 kept{i}, kept{i}, f;"
     yield from _by_tokens("kept", "weighted", "desc_n", STATES, dtype)
-    if walk.z_columns:
+    if walk.gated:
         yield from _gates(dtype, which)
 
     yield "wgmma.wait_group.sync.aligned 1;"
-    if walk.z_columns:
+    if walk.gated:
         yield from _gated(walk)
     for i in range(4):
         yield from _round_and_place("sum", 8 * i, f"to{i}", "out", 0, dtype)
@@ -468,7 +594,7 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
     yield "mad.lo.u32 bar, stage, 8, empty;"
     yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
-    if walk.z_columns:
+    if walk.gated:
         yield from _ask_for_z(2)
         yield from _next_place()
     yield from ptx.next_stage(STAGES)
@@ -573,10 +699,7 @@ def _weighted(dtype: str) -> Iterator[str]:
             f"{{{regs}}}, [at + {part * 16 * ptx.ROW_BYTES}];"
         )
     for pair in range(8):  # of tokens: a pair of columns in two of the four registers of a part
-        for i in (2 * pair, 2 * pair + 1):
-            yield f"sub.f32 decay, last, run{i};"
-            yield "ex2.approx.ftz.f32 decay, decay;"
-            yield f"mul.f32 {'odd_weight' if i % 2 else 'even_weight'}, decay, dt{i};"
+        yield f"ld.shared.v2.f32 {{even_weight, odd_weight}}, [steps_at + {_PAIRS + 32 * pair}];"
         part, second = divmod(pair, 2)
         for i in (0, 1):
             register = f"weighted{4 * part + 2 * second + i}"
@@ -598,14 +721,13 @@ def _mixed(dtype: str, which: int) -> Iterator[str]:
     for run in ("upper", "lower"):
         yield f"sub.f32 {run}_near, {run}, near;"
         yield f"ex2.approx.ftz.f32 {run}_near, {run}_near;"
+    yield f"mad.lo.u32 v, warp, {4 * CHUNK}, steps_at;"
+    nears = _PAIRS + _ENDS - 4 * CHUNK  # the first warp has none
     for part in range(CHUNK // 16):
         yield f"setp.eq.u32 p, warp, {part};"
         yield f"@p bra DIAGONAL{which}_{part};"
         for pair in (2 * part, 2 * part + 1):
-            for i, weight in enumerate(("even_weight", "odd_weight")):
-                yield f"sub.f32 decay, near, run{2 * pair + i};"
-                yield "ex2.approx.ftz.f32 decay, decay;"
-                yield f"mul.f32 {weight}, decay, dt{2 * pair + i};"
+            yield f"ld.shared.v2.f32 {{even_weight, odd_weight}}, [v + {nears + 32 * pair}];"
             for row, run in enumerate(("upper", "lower")):
                 found = [f"score{4 * pair + 2 * row + i}" for i in (0, 1)]
                 for score, weight in zip(found, ("even_weight", "odd_weight"), strict=True):
@@ -624,9 +746,9 @@ def _mixed(dtype: str, which: int) -> Iterator[str]:
             pair = 2 * part + second
             found = [f"score{4 * pair + 2 * row + i}" for i in (0, 1)]
             for i, score in enumerate(found):
-                yield f"sub.f32 decay, {('upper', 'lower')[row]}, run{2 * pair + i};"
+                yield f"sub.f32 decay, {('upper', 'lower')[row]}, run{2 * second + i};"
                 yield "ex2.approx.ftz.f32 decay, decay;"
-                yield f"mul.f32 decay, decay, dt{2 * pair + i};"
+                yield f"mul.f32 decay, decay, dt{2 * second + i};"
                 yield f"mul.f32 {score}, {score}, decay;"
                 if second == row:
                     yield f"setp.ge.s32 p, t, {i};"
@@ -734,8 +856,8 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
     yield "setp.lt.u32 p, row, pad;"
     yield "mad.lo.u32 u, batch, length, row;"
     read = [("xbc", walk.columns, "two")]
-    if walk.z_columns:
-        read.append(("zxbcdt", walk.z_columns, "gated"))
+    if walk.gated:
+        read.append(("zxbcdt", walk.packed, "gated"))
     for pointer, columns, name in (*read, ("y", width, "")):
         yield f"mul.wide.u32 offset, u, {2 * columns};"
         yield f"add.u64 from, {pointer}, offset;"
@@ -744,13 +866,13 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
         if name:
             regs = ", ".join(f"{name}{i}" for i in range(4))
             yield f"@p ld.global.v4.b32 {{{regs}}}, [from];"
-    if walk.z_columns:
+    if walk.gated:
         yield "mov.f32 upper_squares, 0f00000000;"
     for i in range(4):
         yield from _two_floats(f"two{i}", walk.dtype)
         for x, y in (("f", "even_weight"), ("g", "odd_weight")):
             yield f"mul.f32 {y}, {x}, skip;"
-        if walk.z_columns:
+        if walk.gated:
             yield from _two_floats(f"gated{i}", walk.dtype)
             yield from _silu_of_two()
             for z, y in (("f", "even_weight"), ("g", "odd_weight")):
@@ -758,7 +880,7 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
                 yield f"fma.rn.f32 upper_squares, {y}, {y}, upper_squares;"
         yield ptx.round_two(f"two{i}", "even_weight", "odd_weight", walk.dtype)
     yield "@p st.global.v4.b32 [from], {two0, two1, two2, two3};"
-    if walk.z_columns:
+    if walk.gated:
         for apart in (1, 2, 4):
             yield f"shfl.sync.bfly.b32 f, upper_squares, {apart}, 31, -1;"
             yield "add.f32 upper_squares, upper_squares, f;"

@@ -45,8 +45,9 @@ SSD_SCAN = Kernel(
         )
     ),
 )
+WALKED = ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads")
 SSD_SCAN_HOPPER = Kernel(
-    "ssd_scan_hopper", None, ("xbc", "d", "pads", "steps"), ("length", "chunks"), ("y", "state"),
+    "ssd_scan_hopper", None, WALKED, ("length", "chunks"), ("y", "state"),
     tuple(
         Tactic({"HEADS": heads}, 4 * (heads + 1), hopper.STAGES, since=90, until=90, ptx=True)
         for heads in (1, 2)
@@ -54,8 +55,7 @@ SSD_SCAN_HOPPER = Kernel(
     hopper.written,
 )
 SSD_SCAN_HOPPER_GATED = Kernel(
-    "ssd_scan_hopper_gated", None,
-    ("xbc", "zxbcdt", "d", "pads", "steps"), ("length", "chunks"), ("gated", "squares", "state"),
+    "ssd_scan_hopper_gated", None, WALKED, ("length", "chunks"), ("gated", "squares", "state"),
     SSD_SCAN_HOPPER.tactics, hopper.written,
 )
 # What a chunk of two heads takes that are walked together, in chunks of one head (H100, 2.7b).
@@ -142,10 +142,11 @@ def calls(
         # Where half of the GPU would idle.
         segments = 2 if 2 * batch * heads < multiprocessors else 1
     if segments == 1:
-        together = 0
         if scratch and target == 90 and initial_state is None and "ssd_scan" not in (tactics or {}):
-            together = heads_together(shapes)
-        return _walk(shapes, dtypes, limits, tactics, together, gated)
+            together = heads_together(shapes) if zxbcdt.dtype == xbc.dtype else 0
+            if together:
+                return (_walk_in_ptx(shapes, dtypes, limits, tactics, together, gated),)
+        return _walk(shapes, dtypes, limits, tactics)
     return _side_by_side(shapes, dtypes, limits, tactics, target)
 
 
@@ -205,28 +206,16 @@ def heads_together(s: _Shapes) -> int:
 
 def _walk(
     s: _Shapes, dtypes: Mapping[str, str], limits: Mapping[str, float],
-    tactics: Mapping[str, Tactic] | None, together: int, gated: bool,
+    tactics: Mapping[str, Tactic] | None,
 ) -> tuple[Call, ...]:
-    """One program a sequence and head, or ``together`` heads, by the kernel in PTX."""
+    """One program a sequence and head."""
     programs = s.batch * s.heads
-    outputs, sizes = {"y": s.y, "state": s.state}, s.sizes
-    if together:
-        kernel, chunk = SSD_SCAN_HOPPER, hopper.CHUNK
-        # Rows of z must begin at whole 16 bytes.
-        if gated and s.columns % 8 == 0 and dtypes["zxbcdt"] == s.dtype:
-            kernel, sizes = SSD_SCAN_HOPPER_GATED, {**sizes, "Z": s.columns}
-            outputs = {"gated": s.y, "squares": s.squares, "state": s.state}
-        scan = choose(kernel, tactics, kernel.tactics[together - 1])
-        if (s.heads // s.groups) % scan.blocks["HEADS"]:
-            scan = kernel.tactics[0]
-    else:
-        kernel = SSD_SCAN
-        if s.dtype == "fp32":  # its stages are twice as large
-            default = kernel.tactics[-1]
-        else:  # three stages of loads, or two where one wave then holds all programs
-            default = kernel.tactics[s.multiprocessors < programs <= 2 * s.multiprocessors]
-        scan = fitted(choose(kernel, tactics, default), s.heads // s.groups)
-        chunk = scan.blocks["Q"]
+    if s.dtype == "fp32":  # its stages are twice as large
+        default = SSD_SCAN.tactics[-1]
+    else:  # three stages of loads, or two where one wave then holds all programs
+        default = SSD_SCAN.tactics[s.multiprocessors < programs <= 2 * s.multiprocessors]
+    scan = fitted(choose(SSD_SCAN, tactics, default), s.heads // s.groups)
+    chunk = scan.blocks["Q"]
     chunks = cdiv(s.length, chunk)
     extras = {"length": s.length, "chunks": chunks}
     steps = choose(SSD_STEPS, tactics, SSD_STEPS.tactics[0])
@@ -237,10 +226,28 @@ def _walk(
             (cdiv(s.heads, steps.blocks["BLOCK"]), chunks),
         ),
         _call(
-            kernel, dtypes, extras, outputs, sizes, scan,
+            SSD_SCAN, dtypes, extras, {"y": s.y, "state": s.state}, s.sizes, scan,
             (s.heads // scan.blocks["HEADS"], 1),
         ),
     )
+
+
+def _walk_in_ptx(
+    s: _Shapes, dtypes: Mapping[str, str], limits: Mapping[str, float],
+    tactics: Mapping[str, Tactic] | None, together: int, gated: bool,
+) -> Call:
+    """One program a sequence and one or two heads, by the kernel in PTX."""
+    kernel, outputs = SSD_SCAN_HOPPER, {"y": s.y, "state": s.state}
+    if gated and s.columns % 8 == 0:  # rows of z must begin at whole 16 bytes
+        kernel = SSD_SCAN_HOPPER_GATED
+        outputs = {"gated": s.y, "squares": s.squares, "state": s.state}
+    scan = choose(kernel, tactics, kernel.tactics[together - 1])
+    if (s.heads // s.groups) % scan.blocks["HEADS"]:
+        scan = kernel.tactics[0]
+    extras = {"length": s.length, "chunks": cdiv(s.length, hopper.CHUNK)}
+    sizes = {**s.sizes, "Z": s.columns, **limits}
+    grid = (s.heads // scan.blocks["HEADS"], 1)
+    return _call(kernel, dtypes, extras, outputs, sizes, scan, grid)
 
 
 def chunk_scan_tactic(s: _Shapes, target: int | None) -> Tactic:
