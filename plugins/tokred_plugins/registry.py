@@ -25,7 +25,7 @@ from tokred_plugins.ssd_scan.launches import (
 from tokred_plugins.token_importance.kernel import TOKEN_IMPORTANCE
 from tokred_plugins.token_link.kernel import TOKEN_LINK, TOKEN_LINK_RANK
 from tokred_plugins.token_match.kernel import TOKEN_MATCH, TOKEN_MATCH_BEST, TOKEN_NORM
-from tokred_plugins.token_reduce.kernel import TOKEN_REDUCE
+from tokred_plugins.token_reduce.kernel import TOKEN_REDUCE, TOKEN_REDUCE_NORM
 from tokred_plugins.token_split.kernel import TOKEN_SPLIT, TOKEN_SPLIT_RANK, TOKEN_SPLIT_SEARCH
 
 KERNELS: dict[str, Kernel] = {
@@ -35,7 +35,8 @@ KERNELS: dict[str, Kernel] = {
         SSD_STEPS, SSD_SCAN, SSD_SCAN_HOPPER, SSD_SCAN_HOPPER_GATED, SSD_CHUNK_STATE, SSD_PASS,
         SSD_CHUNK_SCAN, TOKEN_IMPORTANCE,
         TOKEN_SPLIT_RANK, TOKEN_SPLIT, TOKEN_SPLIT_SEARCH, TOKEN_NORM, TOKEN_MATCH,
-        TOKEN_MATCH_BEST, TOKEN_LINK_RANK, TOKEN_LINK, TOKEN_REDUCE, LINEAR, LINEAR_FEW,
+        TOKEN_MATCH_BEST, TOKEN_LINK_RANK, TOKEN_LINK, TOKEN_REDUCE, TOKEN_REDUCE_NORM,
+        LINEAR, LINEAR_FEW,
     )
 }
 

@@ -169,7 +169,7 @@ def test_float32_file_for_release_8(machine, source, tmp_path):
     (said,) = builds(tmp_path)
     assert said["set"] == [] and said["cleared"] == ["TF32"]
     assert said["pinned"] == {}
-    assert info.options["plugins.token_reduce"] == 1
+    assert info.options["plugins.token_reduce_norm"] == 1
 
 
 @pytest.mark.parametrize(("version", "form"), [(LAUNCHED, "launcher"), (QUICK, "quick")])

@@ -112,6 +112,8 @@ def expected_launches(graph, batch, form):
     makers = {edge: node for node in graph.node for edge in node.output}
     # A gated norm over the whole row leaves the importance of its y too.
     scores = {n.input[0]: n.output[0] for n in graph.node if n.op_type == "TokenImportance"}
+    # The norm after a site is the site's own.
+    merged = {n.input[0]: n for n in graph.node if n.op_type == "AddRmsNorm"}
     for node in graph.node:
         given_attributes, results = attributes(node) | {"target": SM}, node.output
         if node.domain != DOMAIN:
@@ -122,14 +124,20 @@ def expected_launches(graph, batch, form):
             given_attributes |= more
         else:
             face, edges = FACES[ONNX_NAMES[node.op_type]], node.input
-        names = face.results
+        names, extra = face.results, ()
         if node.op_type == "GatedRmsNorm" and edges[0] in scores:
             if given_attributes["group_size"] == given_attributes["inner"]:
                 given_attributes["scores"] = True
                 names, results = (*names, "scores"), [*results, scores.pop(edges[0])]
-        elif node.op_type == "TokenImportance" and node.input[0] not in scores:
+        elif (node.op_type == "TokenImportance" and node.input[0] not in scores) or (node.op_type == "AddRmsNorm" and makers[node.input[0]].op_type == "TokenReduce"):
             continue
-        place = dict(zip(face.inputs, edges, strict=False))
+        elif node.op_type == "TokenReduce":
+            norm = merged[node.output[0]]
+            assert list(norm.input[:2]) == list(node.output)
+            given_attributes["eps"] = attributes(norm)["eps"]
+            edges, extra = [*edges, norm.input[2]], ("weight",)
+            names, results = ("normed", "residual_out"), norm.output
+        place = dict(zip((*face.inputs, *extra), edges, strict=False))
         given = {
             name: specs[edge] if edge in specs else turned(specs[edge.removesuffix(".turned")])
             for name, edge in place.items()

@@ -26,7 +26,7 @@ KERNELS = {
     "ssd_steps", "ssd_scan", "ssd_chunk_state", "ssd_pass", "ssd_chunk_scan",
     "token_importance", "token_split_rank", "token_split", "token_split_search",
     "token_norm", "token_match", "token_match_best", "token_link_rank", "token_link",
-    "token_reduce",
+    "token_reduce", "token_reduce_norm",
 }
 
 
@@ -107,7 +107,8 @@ def test_ptxas_takes_the_stripped_code(compiled):
 def test_accesses_are_wide(compiled):
     """Alignment hints reach the code: tensors move in 16-byte pieces."""
     for kernel, _ in compiled:
-        if kernel.name in {"add_rms_norm", "gated_rms_norm", "causal_conv1d", "token_reduce"}:
+        if kernel.name in {"add_rms_norm", "gated_rms_norm", "causal_conv1d", "token_reduce",
+                           "token_reduce_norm"}:
             assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", kernel.ptx), kernel.name
         if kernel.name in {"ssd_scan", "token_match"}:
             assert "cp.async.cg.shared.global" in kernel.ptx, kernel.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gpu_cases import (
     DEVICE,
     DTYPES,
@@ -60,6 +61,16 @@ def check(width, choice, dtype, residual_dtype, tactic=SMALL, by=token_reduce_re
     alone = ~(choice["keep"][:, :, None] == choice["dst"][:, None, :]).any(2)
     source = given["residual"][torch.arange(batch)[:, None], choice["keep"].long()]
     assert torch.equal(got["residual_out"][alone], source[alone])
+    # The same, and the norm after it.
+    weight = 1 + make(3, width, dtype=dtype)
+    calls_of_norm = calls(
+        *specs, {"token_reduce_norm": tactic}, weight=spec_of(weight), eps=0.25
+    )
+    got = run(calls_of_norm, {**given, "weight": weight})
+    total = hidden + residual
+    normed = F.rms_norm(total, (width,), weight.double().cpu(), 0.25)
+    close(got["normed"], normed, TOLERANCE[dtype], "normed")
+    close(got["residual_out"], total, TOLERANCE[residual_dtype], "their sum")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,8 +100,11 @@ def test_poisoned_sources_without_a_target_leave_no_trace():
     for name in ("hidden", "residual"):
         given[name][0, choice["src"][0, :4].long()] = torch.nan
     specs = [spec_of(x) for x in given.values()]
-    got = run(calls(*specs, {"token_reduce": SMALL}), given)
-    assert torch.isfinite(got["hidden_out"]).all() and torch.isfinite(got["residual_out"]).all()
+    weight = make(3, 16)
+    for options in ({}, {"weight": spec_of(weight), "eps": 1e-5}):
+        tactics = dict.fromkeys(("token_reduce", "token_reduce_norm"), SMALL)
+        got = run(calls(*specs, tactics, **options), {**given, "weight": weight})
+        assert all(torch.isfinite(found).all() for found in got.values()) and len(got) == 2
 
 
 @pytest.mark.gpu

@@ -85,12 +85,13 @@ def lower(
     gpu = {"target": sm, "scratch": descriptors and form == "launcher"}
     gpu |= {"multiprocessors": multiprocessors} if multiprocessors else {}
     joins = _joins(model.graph, scored) if form == "launcher" else {}
-    done, scales = set(scored.values()), {}
+    after_sites = _norms_after_sites(model.graph)
+    norms = after_sites | {scan: join.norm for scan, join in joins.items()}
+    done, scales = {*scored.values(), *after_sites.values()}, {}
     for node in list(model.graph):
         if node.domain != DOMAIN or node in done:
             continue
-        join = joins.get(node)
-        norm = None if join is None else join.norm
+        join, norm = joins.get(node), norms.get(node)
         calls, values = _replace(model.graph, node, write, batch, gpu, scored.get(node), norm)
         counts.update(call.kernel.name for call in calls)
         if "gated" in values:
@@ -202,6 +203,19 @@ def _joins(graph: ir.Graph, scored: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, 
     return found
 
 
+def _norms_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
+    """TokenReduce nodes -> the norm that alone reads what they give: their kernel does it along."""
+    found = {}
+    for norm in graph:
+        site = norm.inputs[0].producer() if norm.op_type == "AddRmsNorm" else None
+        if site is not None and site.op_type == "TokenReduce" and all(
+            value is out and _only_reader(graph, out) is norm
+            for value, out in zip(norm.inputs[:2], site.outputs, strict=True)
+        ):
+            found[site] = norm
+    return found
+
+
 def _only_reader(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
     """The one node that reads a value, if nothing else does."""
     uses = [use.node for use in value.uses()]
@@ -309,7 +323,8 @@ def _replace(
         batch: where the graph's is open.
         gpu: what faces know of it.
         scores: the TokenImportance node that a GatedRmsNorm's kernel does along.
-        norm: the GatedRmsNorm node whose gate a scan's kernel does if it can, in its place.
+        norm: the norm after it: its kernel does the gate of a GatedRmsNorm if it can, or all of an
+            AddRmsNorm.
 
     Returns:
         The launches, and every tensor of them by name.
@@ -326,7 +341,11 @@ def _replace(
     attributes = {n: a.value for n, a in node.attributes.items()} | gpu
     if scores is not None:
         attributes["scores"] = True
-    if norm is not None:
+    whole = norm is not None and norm.op_type == "AddRmsNorm"
+    if whole:
+        tensors["weight"], attributes["eps"] = norm.inputs[2], norm.attributes["eps"].value
+        specs["weight"] = _spec(norm, tensors["weight"], batch)
+    elif norm is not None:
         attributes["gated"] = True
     try:
         calls = face.calls(specs, attributes)
@@ -343,7 +362,9 @@ def _replace(
         values |= dict(zip(call.outputs, outputs, strict=True))
         made.append(now)
     old, outputs = [node], list(node.outputs)
-    if "gated" in values:  # in the place of y, which only the norm would read
+    if whole:
+        old, outputs, values["hidden_out"] = [node, norm], list(norm.outputs), values["normed"]
+    elif "gated" in values:  # in the place of y, which only the norm would read
         old, outputs, values["y"] = [node, norm], [*norm.outputs, *outputs[1:]], values["gated"]
     results = [values[n] for n in face.results]
     if scores is not None:

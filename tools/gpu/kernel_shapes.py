@@ -267,13 +267,36 @@ def site_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
          "upper": ints(other), "pads": pads},
         (removed, 500), link.calls, ("src", "dst", "merge", "keep"),
     )
-    yield Case(
+    merging = Case(
         "token_reduce",
         {"hidden": hidden, "residual": Spec((batch, length, m.width), "fp32"),
          "keep": ints(length - removed), "src": ints(removed), "dst": ints(removed),
          "merge": Spec((batch, removed), "i1")},
         (), reduce.calls, ("hidden_out", "residual_out"),
     )
+    yield merging
+    weight = Spec((m.width,), dtype)
+    yield replace(
+        merging, op="token_reduce_norm", inputs={**merging.inputs, "weight": weight},
+        attributes=(1e-5,), calls=reduce_norm_calls, outputs=("normed", "residual_out"),
+        plain=reduce_norm,
+    )
+
+
+def reduce_norm_calls(
+    *specs_and_eps: Spec | float, tactics: dict[str, Tactic] | None = None
+) -> tuple[Call, ...]:
+    """The launch of a site's merging with the norm after it."""
+    from tokred_plugins.token_reduce import kernel as reduce
+
+    *specs, weight, eps = specs_and_eps
+    return reduce.calls(*specs, tactics=tactics, weight=weight, eps=eps)
+
+
+def reduce_norm(*tensors_and_eps: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both branches merged, summed and normalised."""
+    *given, weight, eps = tensors_and_eps
+    return opset.PLAIN.add_rms_norm(*opset.PLAIN.token_reduce(*given), weight, eps)
 
 
 def tensors(case: Case, seed: int) -> dict[str, torch.Tensor | None]:
