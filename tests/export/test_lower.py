@@ -114,6 +114,8 @@ def expected_launches(graph, batch, form):
     scores = {n.input[0]: n.output[0] for n in graph.node if n.op_type == "TokenImportance"}
     # The norm after a site is the site's own.
     merged = {n.input[0]: n for n in graph.node if n.op_type == "AddRmsNorm"}
+    sites = {n.output[0] for n in graph.node if n.op_type == "TokenReduce"}
+    taken = set()
     for node in graph.node:
         given_attributes, results = attributes(node) | {"target": SM}, node.output
         if node.domain != DOMAIN:
@@ -128,8 +130,9 @@ def expected_launches(graph, batch, form):
         if node.op_type == "GatedRmsNorm" and edges[0] in scores:
             if given_attributes["group_size"] == given_attributes["inner"]:
                 given_attributes["scores"] = True
-                names, results = (*names, "scores"), [*results, scores.pop(edges[0])]
-        elif (node.op_type == "TokenImportance" and node.input[0] not in scores) or (node.op_type == "AddRmsNorm" and makers[node.input[0]].op_type == "TokenReduce"):
+                names, results = (*names, "scores"), [*results, scores[edges[0]]]
+                taken.add(edges[0])
+        elif node.input[0] in (taken if node.op_type == "TokenImportance" else sites):
             continue
         elif node.op_type == "TokenReduce":
             norm = merged[node.output[0]]

@@ -3,8 +3,8 @@
 Hidden states and residual are done in one pass. A program looks its sources up among all
 targets, in order, so the result does not depend on who runs first and nothing is scattered.
 Most survivors have none and are copied. Sources are loaded several at a time: a token that many
-merge into would otherwise wait for each of them in turn. ``token_reduce_norm`` goes on with the norm that
-reads both: their sum is at hand, and neither is written.
+merge into would otherwise wait for each of them in turn. ``token_reduce_norm`` goes on with the
+norm that reads both: their sum is at hand, and neither is written.
 """
 
 # ruff: noqa: RUF005  Triton has no starred tuples
