@@ -306,6 +306,106 @@ def test_the_gate_of_a_norm(tmp_path, case, gated):
         assert error <= 3e-3 * np.linalg.norm(value.astype(float)), name
 
 
+def find(graph, op_type):
+    """The first node of a kind."""
+    return next(node for node in graph.node if node.op_type == op_type)
+
+
+def through(graph, node, index):
+    """Put an Identity before one input of a node; its output's name."""
+    copy = helper.make_node("Identity", [node.input[index]], ["copied"], name="copy")
+    node.input[index] = "copied"
+    graph.node.insert(list(graph.node).index(node), copy)
+    kinds = {v.name: v.type for v in (*graph.value_info, *graph.input, *graph.output)}
+    value = onnx.ValueInfoProto(name="copied")
+    if copy.input[0] in kinds:
+        value.type.CopyFrom(kinds[copy.input[0]])
+    else:
+        (weight,) = (t for t in graph.initializer if t.name == copy.input[0])
+        value = helper.make_tensor_value_info("copied", weight.data_type, weight.dims)
+    graph.value_info.append(value)
+
+
+def norm_first(graph):
+    """The norm comes before the gate."""
+    (said,) = (a for a in find(graph, "GatedRmsNorm").attribute if a.name == "norm_before_gate")
+    said.i = 1
+
+
+def handed_out(op_type, index):
+    """What a node gives is an output of the graph too."""
+
+    def change(graph):
+        name = find(graph, op_type).output[index]
+        graph.output.append(next(v for v in graph.value_info if v.name == name))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        norm_first, handed_out("SsdScan", 0), handed_out("GatedRmsNorm", 0),
+        lambda graph: through(graph, find(graph, "GatedRmsNorm"), 1),
+        lambda graph: through(graph, find(graph, "GatedRmsNorm"), 2),
+    ],
+    ids=["norm first", "y is wanted", "the norm is wanted", "another z", "no constant"],
+)
+def test_gates_that_stay_with_the_norm(tmp_path, change):
+    """Where something else needs what would not be written, or it is not the same."""
+    source = export(tmp_path, Case("none", dtype="float16", published=True))
+    before = lowered_for_hopper(source, tmp_path)["launcher"]
+    model = onnx.load(source)
+    change(model.graph)
+    onnx.save(model, source)
+    after = lowered_for_hopper(source, tmp_path)["launcher"]
+    assert (before["ssd_scan_hopper_gated"], after["ssd_scan_hopper_gated"]) == (1, 0)
+    assert after["gated_rms_norm"] == before["gated_rms_norm"] + 1 == 2
+    assert before.total() + 1 == after.total()
+
+
+def test_gates_of_few_tokens(tmp_path):
+    """Another kernel multiplies them, which divides nothing."""
+    counts = {}
+    for length in (16, 17):
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        source = export(folder, Case("none", dtype="float16", published=True, length=length))
+        counts[length] = lowered_for_hopper(source, folder)["launcher"]["ssd_scan_hopper_gated"]
+    assert counts == {16: 0, 17: 1}
+
+
+def test_what_a_gated_norm_adds_to_its_squares(tmp_path):
+    """Its epsilon is in the code of the product."""
+    source = export(tmp_path, Case("none", dtype="float16", published=True))
+    model = onnx.load(source)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "GatedRmsNorm" and attribute.name == "eps":
+                attribute.f = 0.1875
+    onnx.save(model, source)
+    lowered_for_hopper(source, tmp_path)
+    (product,) = (
+        n for n in onnx.load(tmp_path / "launcher.onnx").graph.node
+        if n.name.endswith("/linear") and len(n.input) == 3
+    )
+    assert "0f3E400000" in attributes(product)["ptx"]  # 0.1875
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("form", FORMS)
+def test_norms_that_stay_apart_from_their_site(tmp_path, form, index):
+    """Where a merged branch is wanted as it is."""
+    source = export(tmp_path, Case())
+    model = onnx.load(source)
+    handed_out("TokenReduce", index)(model.graph)
+    onnx.save(model, source)
+    with compiling_once():
+        counts = lower(source, tmp_path / "kernels.onnx", form, SM)
+    assert counts["token_reduce"] == 1 and counts["add_rms_norm"] == 2
+    assert not counts["token_reduce_norm"]
+
+
 def test_products_that_leave_the_range_of_float16(tmp_path):
     """The norm's weight and the product's are in range, what both make is not."""
     source = export(tmp_path, Case("none", dtype="float16", published=True))

@@ -463,6 +463,7 @@ def mbarrier(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> N
         where = next(o for o in ops if o.startswith("["))
         address = int(warp.address(where)[lane])
         if ".init" in name:
+            block.view(address, 8)
             block.barriers[address] = Barrier(int(ops[1]))
         elif ".expect_tx" in name:
             block.barriers[address].bytes += int(ops[2])

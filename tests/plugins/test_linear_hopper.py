@@ -83,6 +83,19 @@ def test_only_on_a_gpu():
     assert len({compile_key(call_with(t)) for t in TACTICS}) == len(TACTICS)
 
 
+def test_what_the_call_says_of_rows():
+    """Sums of squares and what is added to their mean are in the code."""
+    (call,) = linear.calls(
+        Spec((1, 300, 200), "fp16"), Spec((264, 200), "fp16"), turned=True,
+        tactics={"linear": TACTICS[1]}, squares=Spec((1, 300, 24), "fp32"), eps=0.25,
+    )
+    tactic = TACTICS[1]
+    made = hopper.Product(
+        200, 264, "fp16", tactic.blocks["BLOCK_N"], 2, 1, tactic.num_stages, 1, 8, 132, 24, 0.25
+    )
+    assert hopper.written(call).ptx == hopper.write(made, "linear_hopper")
+
+
 @pytest.mark.parametrize("tactic", TACTICS, ids=str)
 def test_fences(tactic):
     """Before what threads wrote is read by others than threads."""
@@ -148,6 +161,9 @@ def test_every_tile_once(rows, columns, block_n, groups, high, blocks, tall):
         ((2, 150, 328, 200), (160, 2, 2, 4), 1, 4, "bf16", 24),
         ((1, 300, 264, 136), (256, 2, 1, 4), 2, 2, "fp16", 37),
         ((1, 7, 8, 8), (192, 1, 2, 2), 1, 3, "fp16", 1),
+        # Four sums at a time: all of a row at once, and half a load left over.
+        ((1, 150, 96, 136), (96, 2, 1, 3), 1, 2, "fp16", 80),
+        ((2, 70, 96, 72), (96, 1, 1, 3), 1, 2, "bf16", 24),
     ],
 )
 @pytest.mark.parametrize("order", ORDERS)

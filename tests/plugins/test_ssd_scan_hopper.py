@@ -33,10 +33,10 @@ def calls(batch=1, length=200, heads=80, groups=1, states=128, dtype="fp16", **o
     columns = heads * 64 + 2 * groups * states
     head = Spec((heads,), "fp32")
     given = {"target": 90, "scratch": True, **options}
-    initial = given.pop("initial", None)
+    initial, packed = given.pop("initial", None), given.pop("packed", dtype)
     return launches.calls(
         Spec((batch, length, columns), dtype),
-        Spec((batch, length, heads * 64 + columns + heads), dtype), head, head, head,
+        Spec((batch, length, heads * 64 + columns + heads), packed), head, head, head,
         Spec((batch,), "i32"), initial, groups, states, 0.0, 1e9, **given,
     )
 
@@ -90,7 +90,11 @@ def test_heads_of_a_group():
 def test_fences():
     """Before what threads wrote is read by others than threads."""
     for gated in (False, True):
-        check_fences(hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, 3352, gated), "k"))
+        code = hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, 3352, gated), "k")
+        check_fences(code)
+    # Tiles of z come where threads of the first warp made the tensor maps.
+    made = code[code.rindex("tensormap.cp_fenceproxy") : code.index("READY:")]
+    assert "fence.proxy.async.shared::cta;" in made
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
@@ -98,7 +102,7 @@ def test_fences():
     "other",
     [{"scratch": False}, {"target": 100}, {"target": None}, {"dtype": "fp32"}, {"states": 64},
      {"initial": Spec((1, 80, 64, 128), "fp32")},
-     {"tactics": {"ssd_scan": launches.SSD_SCAN.tactics[0]}}],
+     {"tactics": {"ssd_scan": launches.SSD_SCAN.tactics[0]}}, {"packed": "fp32"}],
     ids="-".join,
 )
 def test_where_triton_s_is_launched(other, gated):
@@ -112,6 +116,31 @@ def test_rows_of_z_that_are_no_whole_16_bytes():
     """The accelerator reads none such: 75 heads are not gated."""
     names = [calls(segments=1, heads=heads, gated=True)[0].kernel.name for heads in (75, 72)]
     assert names == ["ssd_scan_hopper", "ssd_scan_hopper_gated"]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_parameters(gated):
+    """The entry takes what the kernel says, in its order."""
+    (scan,) = calls(batch=8, gated=gated)
+    compiled = compile_call(scan, 90)
+    names = re.findall(rf"\.param [^,\n]*?{compiled.entry}_(\w+)", compiled.ptx)
+    kernel = scan.kernel
+    before = [*kernel.inputs, *kernel.extras]
+    assert names[: len(before)] == before
+    written = [{"gated": "y"}.get(name, name) for name in kernel.outputs]
+    assert names[len(before) :] == [*written, "scratch"]
+
+
+def test_silu():
+    """Two at a time, of all that 16 bits hold: also where one is far below and the other far
+    above, and below what is cut off."""
+    z = np.float32([*np.linspace(-60, 60, 481), -65504, 65504, -40.5, -39.5, -1e4, 1e4, 0.0])
+    for f, g in zip(np.resize(z, (16, 32)), np.resize(z[::-1], (16, 32)), strict=True):
+        found = straight([*hopper._silu_of_two()], {"f": f, "g": g})
+        for name, given in (("f", f), ("g", g)):
+            wide = given.astype(float)
+            expected = wide / (1 + np.exp(np.minimum(-wide, 700)))
+            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=5e-12)
 
 
 def test_softplus():
@@ -140,6 +169,7 @@ def bits(tensor):
         (270, 2, 2, [64, 3], 1, "bf16", "fp32", (0.01, 0.5)),
         (65, 2, 1, [65, 64], 2, "fp16", "fp32", FREE),
         (1, 2, 1, [0, 1], 1, "fp16", "fp32", FREE),
+        (70, 2, 1, [90, -5], 1, "fp16", "fp32", FREE),
     ],
 )
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
