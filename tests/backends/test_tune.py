@@ -139,6 +139,14 @@ def test_squares_that_rows_are_divided_by(device, monkeypatch):
     assert {len(arguments) for _, _, arguments in device[0].launched} <= {5, 6}  # and scratch
 
 
+def test_what_is_timed_apart():
+    """Rows with other sums, and without."""
+    x, weight = Spec((2, 700, 768), "fp16"), Spec((3352, 768), "fp16")
+    squares = [None, Spec((2, 700, 24), "fp32"), Spec((2, 700, 48), "fp32")]
+    keys = {tune.Tuner(90)._key(linear.calls(x, weight, True, squares=s)[0]) for s in squares}
+    assert len(keys) == len(squares)
+
+
 def test_what_is_known_is_not_timed_again(device, tmp_path):
     """A second process reads the file and needs no GPU; another length is another case."""
     first = tune.Tuner(90, tmp_path / "t.json")

@@ -236,7 +236,7 @@ INTEGERS = {
 }
 FLOATS = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-    "max": np.maximum, "min": np.minimum, "abs": np.abs,
+    "max": np.fmax, "min": np.fmin, "abs": np.abs,
     "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
 }
 

@@ -84,8 +84,8 @@ def test_scaled_rows(parts, dtype):
 
 
 def test_squares_that_do_not_fit():
-    """Of other rows, and in 16 bits."""
-    for squares in (Spec((2, 4, 8), "fp32"), Spec((2, 3, 8), "fp16")):
+    """Of other rows, in 16 bits, and none."""
+    for squares in (Spec((2, 4, 8), "fp32"), Spec((2, 3, 8), "fp16"), Spec((2, 3, 0), "fp32")):
         with pytest.raises(ValueError, match="expected float32 for each row"):
             linear.calls(Spec((2, 3, 8), "fp16"), Spec((8, 4), "fp16"), squares=squares)
 

@@ -92,6 +92,9 @@ def test_fences():
     for gated in (False, True):
         code = hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, 3352, gated), "k")
         check_fences(code)
+    # Nor is z asked for into a place from which results are still read.
+    end = code[code.index("wait_group.read 0") :]
+    assert end.index("bar.sync") < end.index("[map_z")
     # Tiles of z come where threads of the first warp made the tensor maps.
     made = code[code.rindex("tensormap.cp_fenceproxy") : code.index("READY:")]
     assert "fence.proxy.async.shared::cta;" in made

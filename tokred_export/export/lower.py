@@ -197,10 +197,16 @@ def _joins(graph: ir.Graph, scored: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, 
             and scan.inputs[1] is norm.inputs[1] and _only_reader(graph, norm.inputs[0]) is norm
             and product is not None and product.op_type == "MatMul" and _product(product)
             and norm.inputs[2].const_value is not None
-            and norm.outputs[0].shape[1] > FEW  # for a few tokens there is another kernel
+            and _tokens(norm.outputs[0]) > FEW  # for a few tokens there is another kernel
         ):
             found[scan] = _Join(norm, product, norm.inputs[2], said["eps"])
     return found
+
+
+def _tokens(value: ir.Value) -> int:
+    """Of each sequence; 0 where that is open, which :func:`_spec` refuses."""
+    tokens = 0 if value.shape is None else value.shape[1]
+    return tokens if isinstance(tokens, int) else 0
 
 
 def _norms_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Node]:

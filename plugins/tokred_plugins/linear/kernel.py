@@ -255,7 +255,9 @@ def calls(
     if kept != inner or (flat and length != 1):
         raise ValueError(f"x {x.shape} cannot be multiplied with a weight {weight.shape}")
     shape = (batch, columns) if flat else (batch, length, columns)
-    if squares is not None and (squares.shape[:2] != x.shape[:2] or squares.dtype != "fp32"):
+    if squares is not None and (
+        squares.shape[:2] != x.shape[:2] or not squares.shape[2] or squares.dtype != "fp32"
+    ):
         raise ValueError(f"squares are {squares}, expected float32 for each row of x {x.shape}")
     few = length <= FEW and squares is None
     kernel = LINEAR_FEW if few else LINEAR
@@ -274,7 +276,8 @@ def calls(
     if squares is not None:
         inputs["squares"] = squares.dtype
     if not few:
-        constants |= {"PARTS": squares.shape[2] if squares is not None else 0, "EPS": eps}
+        scaled = squares is not None
+        constants |= {"PARTS": squares.shape[2] if scaled else 0, "EPS": eps if scaled else 0.0}
     call = Call(
         kernel=kernel,
         inputs=inputs,
