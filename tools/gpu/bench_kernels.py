@@ -189,8 +189,7 @@ def measure(case: Case, label: dict, rates: dict, all_tactics: bool) -> list[dic
         for call in calls:
             record(calls, call.kernel.name, str(call.tactic), call.kernel.name)
     if all_tactics:
-        for kernel, tactic, segments in variants(case):
-            options = {} if segments is None else {"segments": segments}
+        for kernel, tactic, options in variants(case):
             calls = launches(case, {kernel: tactic}, **options)
             # Its chunk decides the others.
             whole = kernel.startswith(("ssd_scan", "ssd_chunk_scan"))
@@ -218,15 +217,15 @@ def tuner() -> Tuner:
     return Tuner(10 * gpu.major + gpu.minor, None, gpu.multi_processor_count)
 
 
-def variants(case: Case) -> list[tuple[str, Tactic, int | None]]:
-    """Every kernel with every tactic; the scan all ways."""
+def variants(case: Case) -> list[tuple[str, Tactic, dict[str, int]]]:
+    """Every kernel with every tactic, and what else to ask for; the scan all ways."""
     if case.op != "ssd_scan":
-        return [(c.kernel.name, t, None) for c in case.launches() for t in c.kernel.tactics]
-    ways = ((1, {}), (1, {"scratch": False}), (2, {}))
+        return [(c.kernel.name, t, {}) for c in case.launches() for t in c.kernel.tactics]
+    ways = ({"segments": 1}, {"segments": 1, "scratch": False}, {"segments": 2, "scratch": False})
     found = [
-        (call.kernel.name, tactic, segments)
-        for segments, options in ways
-        for call in launches(case, segments=segments, **options)
+        (call.kernel.name, tactic, options)
+        for options in ways
+        for call in launches(case, **options)
         for tactic in call.kernel.tactics
     ]
     return [one for i, one in enumerate(found) if one not in found[:i]]
