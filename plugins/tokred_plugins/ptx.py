@@ -166,6 +166,15 @@ def float_literal(value: float) -> str:
     return f"0f{struct.unpack('>I', struct.pack('>f', value))[0]:08X}"
 
 
+def add_up(register: str, threads: int) -> Iterator[str]:
+    """Every thread gets the sum over so many neighbours, a power of two; uses ``f``."""
+    apart = 1
+    while apart < threads:
+        yield f"shfl.sync.bfly.b32 f, {register}, {apart}, 31, -1;"
+        yield f"add.f32 {register}, {register}, f;"
+        apart *= 2
+
+
 def round_two(target: str, low: str, high: str, dtype: str) -> str:
     """Two float32 as a register of two 16-bit numbers."""
     return f"cvt.rn.{KIND[dtype]}x2.f32 {target}, {high}, {low};"

@@ -303,7 +303,8 @@ def test_the_gate_of_a_norm(tmp_path, case, gated):
     assert list(joined) == list(plain)
     for name, value in plain.items():
         error = np.linalg.norm(joined[name].astype(float) - value)
-        assert error <= 3e-3 * np.linalg.norm(value.astype(float)), name
+        # About ten roundings that differ, 2^-11 over the root of 3 each, add up to 9e-4.
+        assert error <= 1.2e-3 * np.linalg.norm(value.astype(float)), name
 
 
 def find(graph, op_type):
@@ -342,14 +343,31 @@ def handed_out(op_type, index):
     return change
 
 
+def read_twice(op_type, index):
+    """Something else in the graph reads it."""
+
+    def change(graph):
+        name = find(graph, op_type).output[index]
+        graph.node.append(helper.make_node("Identity", [name], ["twice"], name="twice"))
+        value = onnx.ValueInfoProto()
+        value.CopyFrom(next(v for v in graph.value_info if v.name == name))
+        value.name = "twice"
+        graph.output.append(value)
+
+    return change
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        norm_first, handed_out("SsdScan", 0), handed_out("GatedRmsNorm", 0),
+        read_twice("SsdScan", 0), read_twice("GatedRmsNorm", 0), norm_first,
+        handed_out("SsdScan", 0), handed_out("GatedRmsNorm", 0),
         lambda graph: through(graph, find(graph, "GatedRmsNorm"), 1),
         lambda graph: through(graph, find(graph, "GatedRmsNorm"), 2),
+        lambda graph: through(graph, find(graph, "GatedRmsNorm"), 0),
     ],
-    ids=["norm first", "y is wanted", "the norm is wanted", "another z", "no constant"],
+    ids=["y is read twice", "the norm is read twice", "norm first", "y is wanted",
+         "the norm is wanted", "another z", "no constant", "another y"],
 )
 def test_gates_that_stay_with_the_norm(tmp_path, change):
     """Where something else needs what would not be written, or it is not the same."""
@@ -406,8 +424,8 @@ def test_norms_that_stay_apart_from_their_site(tmp_path, form, index):
     assert not counts["token_reduce_norm"]
 
 
-def test_products_that_leave_the_range_of_float16(tmp_path):
-    """The norm's weight and the product's are in range, what both make is not."""
+def test_products_that_would_leave_the_range_of_float16(tmp_path):
+    """The norm's weight and the product's are in range, what both make is not: they stay apart."""
     source = export(tmp_path, Case("none", dtype="float16", published=True))
     model = onnx.load(source)
     for tensor in model.graph.initializer:
@@ -417,10 +435,8 @@ def test_products_that_leave_the_range_of_float16(tmp_path):
             changed = np.full(tensor.dims, value, np.float16)
             tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
     onnx.save(model, source)
-    with compiling_once(), pytest.raises(BuildFailed, match="range of float16: build with --dtype"):
-        lower(
-            source, tmp_path / "kernels.onnx", "launcher", 90, multiprocessors=2, descriptors=True
-        )
+    found = lowered_for_hopper(source, tmp_path)["launcher"]
+    assert not found["ssd_scan_hopper_gated"] and found["gated_rms_norm"] == 2
 
 
 def check_launcher_fields(node, fields, call):

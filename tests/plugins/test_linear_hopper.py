@@ -83,6 +83,16 @@ def test_only_on_a_gpu():
     assert len({compile_key(call_with(t)) for t in TACTICS}) == len(TACTICS)
 
 
+def test_code_of_its_own():
+    """What rows are divided by is in the code: calls that differ there share none."""
+    x, weight = Spec((1, 300, 200), "fp16"), Spec((264, 200), "fp16")
+    keys = {
+        compile_key(linear.calls(x, weight, True, squares=Spec((1, 300, n), "fp32"), eps=eps)[0])
+        for n, eps in ((24, 1e-5), (24, 1e-6), (48, 1e-5))
+    }
+    assert len(keys) == 3
+
+
 def test_what_the_call_says_of_rows():
     """Sums of squares and what is added to their mean are in the code."""
     (call,) = linear.calls(

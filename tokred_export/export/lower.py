@@ -84,7 +84,7 @@ def lower(
     scored = _scored_norms(model.graph)
     gpu = {"target": sm, "scratch": descriptors and form == "launcher"}
     gpu |= {"multiprocessors": multiprocessors} if multiprocessors else {}
-    joins = _joins(model.graph, scored) if form == "launcher" else {}
+    joins = _joins(model.graph) if form == "launcher" else {}  # elsewhere products are TensorRT's
     after_sites = _norms_after_sites(model.graph)
     norms = after_sites | {scan: join.norm for scan, join in joins.items()}
     done, scales = {*scored.values(), *after_sites.values()}, {}
@@ -96,11 +96,11 @@ def lower(
         counts.update(call.kernel.name for call in calls)
         if "gated" in values:
             done.add(norm)
-            scales[join.product] = _Scale(values["squares"], join.weight, join.eps)
+            scales[join.product] = values["squares"], join
     model.functions.clear()
     if form == "launcher":
         for node in list(model.graph):
-            calls = _replace_product(model.graph, node, write, batch, scales.get(node))
+            calls = _replace_product(model.graph, node, write, batch, *scales.get(node, ()))
             counts.update(call.kernel.name for call in calls)
         to_opset_17(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -163,31 +163,18 @@ class _Join(NamedTuple):
     eps: float
 
 
-class _Scale(NamedTuple):
-    """What the product does of a norm before it.
-
-    Attributes:
-        squares: sums of squares, several a row.
-        weight: of the norm.
-        eps: of the norm.
-    """
-
-    squares: ir.Value
-    weight: ir.Value
-    eps: float
-
-
-def _joins(graph: ir.Graph, scored: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _Join]:
+def _joins(graph: ir.Graph) -> dict[ir.Node, _Join]:
     """Scans that may gate what they write -> the gated norm of which that is the first half.
 
     Where nothing else reads y nor what the norm gives, and the norm is one over the whole row, of
-    what is gated already: then it is a number a row, which the product can apply to its sums.
+    what is gated already: then it is a number a row, which the product can apply to its sums, if
+    its constant can take the norm's weight in.
     """
     from tokred_plugins.linear.kernel import FEW
 
     found = {}
     for norm in graph:
-        if norm.domain != DOMAIN or norm.op_type != "GatedRmsNorm" or norm in scored:
+        if norm.domain != DOMAIN or norm.op_type != "GatedRmsNorm":
             continue
         said = {name: attribute.value for name, attribute in norm.attributes.items()}
         scan, product = norm.inputs[0].producer(), _only_reader(graph, norm.outputs[0])
@@ -197,10 +184,19 @@ def _joins(graph: ir.Graph, scored: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, 
             and scan.inputs[1] is norm.inputs[1] and _only_reader(graph, norm.inputs[0]) is norm
             and product is not None and product.op_type == "MatMul" and _product(product)
             and norm.inputs[2].const_value is not None
+            and _in_range(product.inputs[1], norm.inputs[2])
             and _tokens(norm.outputs[0]) > FEW  # for a few tokens there is another kernel
         ):
             found[scan] = _Join(norm, product, norm.inputs[2], said["eps"])
     return found
+
+
+def _in_range(weight: ir.Value, by: ir.Value) -> bool:
+    """Whether a constant times another is sure to stay in the range of its type."""
+    if weight.dtype != ir.DataType.FLOAT16:
+        return True
+    largest = [float(np.abs(v.const_value.numpy().astype(np.float32)).max()) for v in (weight, by)]
+    return largest[0] * largest[1] <= float(np.finfo(np.float16).max)
 
 
 def _tokens(value: ir.Value) -> int:
@@ -229,22 +225,24 @@ def _only_reader(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
 
 
 def _replace_product(
-    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, scale: _Scale | None = None
+    graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int,
+    squares: ir.Value | None = None, join: _Join | None = None,
 ) -> tuple[Call, ...]:
     """Put a kernel in the place of a product with a constant; other nodes stay as they are.
 
-    TensorRT 8's own 16-bit products sum in float16 (see the op's README.md).
+    TensorRT 8's own 16-bit products sum in float16 (see the op's README.md). With ``squares``, sums
+    of squares of the rows of x, it also does what is left of the norm of ``join``.
     """
     found = _product(node)
     if found is None:
         return ()
     x, weight, attributes = found
     if not attributes["turned"]:
-        by = None if scale is None else scale.weight
+        by = None if join is None else join.weight
         weight, attributes = _turned(graph, weight, by), {**attributes, "turned": True}
     inputs = {"x": x, "weight": weight}
-    if scale is not None:
-        inputs["squares"], attributes = scale.squares, {**attributes, "eps": scale.eps}
+    if join is not None:
+        inputs["squares"], attributes = squares, {**attributes, "eps": join.eps}
     (call,) = LINEAR.calls({n: _spec(node, v, batch) for n, v in inputs.items()}, attributes)
     (spec,) = call.outputs.values()
     made = write(call, list(inputs.values()), [_value(f"{node.name}/0/y", spec, node)])
@@ -290,13 +288,7 @@ def _turned(graph: ir.Graph, weight: ir.Value, by: ir.Value | None = None) -> ir
             turned = np.ascontiguousarray(constant.numpy().T)
             if by is not None:
                 wide = turned.astype(np.float32) * by.const_value.numpy().astype(np.float32)
-                with np.errstate(over="ignore"):  # found below
-                    turned = wide.astype(turned.dtype)
-                if not np.isfinite(turned.astype(np.float32)).all():
-                    raise BuildFailed(
-                        f"{weight.name} times the weight {by.name} of the norm before it leaves "
-                        f"the range of {weight.dtype.name.lower()}: build with --dtype float32"
-                    )
+                turned = wide.astype(turned.dtype)
             return ir.Tensor(turned, dtype=weight.dtype, shape=shape)
 
         graph.register_initializer(ir.Value(

@@ -24,7 +24,6 @@ from tokred_plugins.kernels import Call, Written
 from tokred_plugins.ptx import DEEP, GROUP_THREADS, MAP_BYTES, ROW_BYTES, ROWS
 
 MAPS = 3
-_AT_ONCE = 40, 8  # sums of squares loaded before the first is used; where registers are few
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,11 @@ class Product:
     def sums(self) -> int:
         """Numbers of a tile that a thread has."""
         return self.high * self.block_n // 2
+
+    @property
+    def at_once(self) -> int:
+        """Sums of squares loaded before the first is used: as there are registers."""
+        return 40 if self.sums <= 128 else 8
 
     @property
     def block_m(self) -> int:
@@ -166,14 +170,13 @@ def _registers(product: Product) -> Iterator[str]:
     yield from ptx.common_registers()
     yield ".reg .pred signals;"
     yield ".reg .b32 rank, rows, stacks_m, stacks, stack, before, down, across, k, remote;"
-    yield ".reg .b64 x, weight, y, scratch, from, map_x, map_w, map_y, desc_a, desc_low, desc_b;"
+    yield ".reg .b64 x, weight, y, scratch, map_x, map_w, map_y, desc_a, desc_low, desc_b;"
     yield f".reg .f32 sum<{product.sums}>;"
     yield ".reg .b32 two<4>, to<4>;"
     yield ".reg .b16 all;"
     if product.parts:
-        yield ".reg .b64 squares;"
-        yield f".reg .f32 scale<{2 * product.high}>, part<{_AT_ONCE[0]}>;"
-    yield ".reg .f32 f;"
+        yield ".reg .b64 squares, from;"
+        yield f".reg .f32 scale<{2 * product.high}>, part<{product.at_once}>, f;"
 
 
 def _prepare(product: Product, name: str) -> Iterator[str]:
@@ -380,28 +383,22 @@ def _step(product: Product, group: int) -> Iterator[str]:
     yield "wgmma.commit_group.sync.aligned;"
 
 
-def _first_row(register: str) -> Iterator[str]:
-    """The first of this thread's rows in the tile, whose first is ``row``."""
-    yield "shr.u32 u, thread, 5;"
-    yield "shl.b32 u, u, 4;"
-    yield f"shr.u32 {register}, lane, 2;"
-    yield f"add.u32 {register}, {register}, u;"
-    yield f"add.u32 {register}, {register}, row;"
-
-
 def _scales(product: Product) -> Iterator[str]:
     """One over the root mean square of each of this thread's rows; the four threads that have a
     row in common add up a quarter each."""
     parts, rows = product.parts, 2 * product.high
-    few = product.sums > 128  # registers that are left
-    width = 1 if few or parts % 4 else 4  # numbers of one load
-    yield from _first_row("t")
+    # Numbers of one load; four in a row are more registers than a large tile leaves.
+    width = 4 if parts % 4 == 0 and product.sums <= 128 else 1
+    yield "shr.u32 u, thread, 5;"
+    yield "shr.u32 t, lane, 2;"
+    yield "mad.lo.u32 t, u, 16, t;"  # the first of this thread's rows in the tile
+    yield "add.u32 t, t, row;"
     yield "and.b32 v, lane, 3;"
     yield f"mul.lo.u32 v, v, {width};"
     for i in range(rows):
         yield f"mov.f32 scale{i}, 0f00000000;"
     loads = [(i, at) for i in range(rows) for at in range(0, parts, 4 * width)]
-    together = _AT_ONCE[few] // width
+    together = product.at_once // width
     for first in range(0, len(loads), together):
         here = list(enumerate(loads[first : first + together]))
         for slot, (i, at) in here:
@@ -422,9 +419,7 @@ def _scales(product: Product) -> Iterator[str]:
                 yield f"add.f32 scale{i}, scale{i}, part{width * slot + k};"
     for i in range(rows):
         scale = f"scale{i}"
-        for apart in (1, 2):
-            yield f"shfl.sync.bfly.b32 f, {scale}, {apart}, 31, -1;"
-            yield f"add.f32 {scale}, {scale}, f;"
+        yield from ptx.add_up(scale, 4)
         yield f"mov.f32 f, {ptx.float_literal(product.eps)};"
         yield f"fma.rn.f32 {scale}, {scale}, {ptx.float_literal(1 / product.inner)}, f;"
         yield f"rsqrt.approx.ftz.f32 {scale}, {scale};"

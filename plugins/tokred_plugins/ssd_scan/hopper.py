@@ -663,9 +663,7 @@ def _gated(walk: Walk) -> Iterator[str]:
     yield "add.u32 u, u, row;"
     yield "and.b32 v, lane, 3;"
     for squares in ("upper_squares", "lower_squares"):
-        for apart in (1, 2):
-            yield f"shfl.sync.bfly.b32 f, {squares}, {apart}, 31, -1;"
-            yield f"add.f32 {squares}, {squares}, f;"
+        yield from ptx.add_up(squares, 4)
         yield "setp.eq.u32 p, v, 0;"
         yield "setp.lt.and.u32 p, row, rows, p;"
         yield from _store_squares(walk, squares)
@@ -881,9 +879,7 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
         yield ptx.round_two(f"two{i}", "even_weight", "odd_weight", walk.dtype)
     yield "@p st.global.v4.b32 [from], {two0, two1, two2, two3};"
     if walk.gated:
-        for apart in (1, 2, 4):
-            yield f"shfl.sync.bfly.b32 f, upper_squares, {apart}, 31, -1;"
-            yield "add.f32 upper_squares, upper_squares, f;"
+        yield from ptx.add_up("upper_squares", 8)
         yield "and.b32 v, lane, 7;"
         yield "setp.eq.and.u32 p, v, 0, p;"
         yield from _store_squares(walk, "upper_squares")
