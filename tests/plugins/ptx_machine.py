@@ -124,7 +124,8 @@ class Block:
         self.cluster: list[Block] = [self]
 
     def view(self, address: int, size: int) -> np.ndarray:
-        at = address - SHARED_AT
+        assert address // CTA_AT == self.rank, "shared memory of another block"
+        at = address % CTA_AT - SHARED_AT
         assert at >= 0 and at + size <= self.shared.size, f"outside of shared memory: {at}"
         return self.shared[at : at + size]
 
@@ -143,6 +144,8 @@ class Warp:
         self.registers: dict[str, np.ndarray] = {}
         self.predicates: dict[str, np.ndarray] = {}
         self.waiting: str | None = None
+        # How often each thread came to the cluster's barrier, and how often it saw all there.
+        self.arrived, self.passed = np.zeros(32, int), np.zeros(32, int)
         self.pending: list[list[tuple[str, ...]]] = []
         self.open: list[tuple[str, ...]] = []
         # Of the one thread that stores tiles: groups that are under way, and the next one.
@@ -163,7 +166,7 @@ class Warp:
             value = np.uint32(int(operand[2:], 16)).view(np.float32)
             return np.full(32, value, np.float32)
         if operand == "memory":
-            return np.full(32, SHARED_AT, np.uint64)
+            return np.full(32, SHARED_AT + self.block.rank * CTA_AT, np.uint64)
         return np.full(32, int(operand, 0) % (1 << 64), np.uint64)
 
     def special(self, name: str) -> np.ndarray:
@@ -186,6 +189,12 @@ class Warp:
         found = re.fullmatch(r"\[(\w+)(?: \+ (\d+))?\]", operand)
         return self.get(found[1]) + np.uint64(int(found[2] or 0))
 
+    def chosen(self, line: Line, active: np.ndarray) -> np.ndarray:
+        """Those of the threads that the line's predicate lets take part."""
+        if line.predicate is None:
+            return active
+        return active & (self.predicates[line.predicate] != line.negated)
+
     def run(self) -> bool:
         """Go on until the warp has to wait; whether it did anything."""
         moved = False
@@ -193,9 +202,7 @@ class Warp:
             at = int(self.pc[self.pc >= 0].min())
             line = self.block.machine.lines[at]
             active = self.pc == at
-            chosen = active
-            if line.predicate is not None:
-                chosen = active & (self.predicates[line.predicate] != line.negated)
+            chosen = self.chosen(line, active)
             if line.name == "bra":
                 self.pc = np.where(active, at + 1, self.pc)
                 self.pc = np.where(chosen, self.block.machine.labels[line.operands[0]], self.pc)
@@ -448,10 +455,15 @@ def operand(warp: Warp, descriptor: str, rows: int, across: bool, kind: str) -> 
 
 def synchronize(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
     """bar.sync, bar.warp.sync, barrier.cluster."""
-    if name == "bar.warp.sync" or name == "barrier.cluster.arrive":
+    if name == "bar.warp.sync":
         return
-    if name == "barrier.cluster.wait":
-        warp.waiting = "cluster"
+    if name == "barrier.cluster.arrive":
+        assert (warp.arrived == warp.passed)[active].all(), "arrives twice"
+        warp.arrived += active
+    elif name == "barrier.cluster.wait":
+        assert (warp.arrived > warp.passed)[active].all(), "waits where it did not arrive"
+        warp.passed += active
+        warp.waiting = f"cluster {warp.passed[active].max()}"
     else:
         count = int(ops[1]) if len(ops) > 1 else 32 * len(warp.block.warps)
         warp.waiting = f"bar {ops[0]} {count}"
@@ -461,19 +473,16 @@ def mbarrier(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> N
     block = warp.block
     for lane in LANES[active]:
         where = next(o for o in ops if o.startswith("["))
-        address = int(warp.address(where)[lane])
+        rank, address = divmod(int(warp.address(where)[lane]), CTA_AT)
+        assert rank == block.rank or "shared::cluster" in name, "a barrier of another block"
         if ".init" in name:
-            block.view(address, 8)
+            block.view(address + rank * CTA_AT, 8)
             block.barriers[address] = Barrier(int(ops[1]))
         elif ".expect_tx" in name:
             block.barriers[address].bytes += int(ops[2])
             block.barriers[address].step(arrivals=1)
         elif ".arrive" in name:
-            owner = block
-            if "shared::cluster" in name:
-                owner = block.cluster[address // CTA_AT]
-                address %= CTA_AT
-            owner.barriers[address].step(arrivals=1)
+            block.cluster[rank].barriers[address].step(arrivals=1)
         else:
             parity = int(warp.get(ops[2])[lane])
             ready = block.barriers[address].phases % 2 != parity
@@ -486,7 +495,7 @@ def map_address(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -
     assert name == "mapa.shared::cluster.u32"
     there = warp.get(ops[2])
     # Of threads that do not arrive anywhere the block does not exist.
-    warp.put(ops[0], warp.get(ops[1]) + there * np.uint64(CTA_AT), active)
+    warp.put(ops[0], warp.get(ops[1]) % np.uint64(CTA_AT) + there * np.uint64(CTA_AT), active)
 
 
 def tensor_map(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
@@ -553,7 +562,7 @@ def bulk(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
 
         def arrive() -> None:
             block.view(target, size)[:] = block.machine.memory.bytes_at(source, size)
-            block.barriers[barrier].step(size=-size)
+            block.barriers[barrier % CTA_AT].step(size=-size)
 
         block.machine.loads.append(arrive)
         return
@@ -582,8 +591,9 @@ def bulk(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
     def deliver() -> None:
         for target in targets:
             for place, at in matrix.places(column, row, shared):
-                target.view(at, 16)[:] = 0 if place is None else place
-            target.barriers[barrier].step(size=-2 * matrix.box[0] * matrix.box[1])
+                here = at % CTA_AT + target.rank * CTA_AT
+                target.view(here, 16)[:] = 0 if place is None else place
+            target.barriers[barrier % CTA_AT].step(size=-2 * matrix.box[0] * matrix.box[1])
 
     block.machine.loads.append(deliver)
 
@@ -657,8 +667,14 @@ class Machine:
                     if warp is not starved:
                         warp.run()
                 self.release(block)
-            if all(w.done or w.waiting == "cluster" for b in blocks for w in b.warps):
-                for warp in (w for b in blocks for w in b.warps):
+            everyone = [w for b in blocks for w in b.warps]
+            here = min(
+                (int(w.arrived[w.pc >= 0].min()) for w in everyone if not w.done), default=0
+            )
+            for warp in everyone:
+                if (warp.waiting or "").startswith("cluster ") and (
+                    int(warp.waiting.split()[1]) <= here
+                ):
                     warp.waiting = None
             after = [(w.pc, w.waiting) for b in blocks for w in b.warps]
             same = all(
@@ -674,6 +690,7 @@ class Machine:
             for warp in block.warps:
                 assert not warp.open_stores and not warp.stores, "a block ends before its stores"
                 assert not warp.open, "products of no group"
+                assert (warp.arrived == warp.passed).all(), "a cluster's barrier is left open"
         assert not self.loads, "loads that nobody waited for"
 
     def release(self, block: Block) -> None:
@@ -697,7 +714,7 @@ def straight(lines: Sequence[str], registers: dict[str, np.ndarray]) -> dict[str
     warp = Warp(None, 0)
     warp.registers = dict(registers)
     for line in parse("{\n" + "\n".join(lines) + "\n}")[0]:
-        execute(warp, line, np.ones(32, bool))
+        execute(warp, line, warp.chosen(line, np.ones(32, bool)))
     return warp.registers
 
 

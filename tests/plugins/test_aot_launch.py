@@ -140,14 +140,14 @@ def scan_inputs(batch, length, heads, groups, pads, dtype, d_dtype):
 
 
 @pytest.mark.skipif(TARGET != 90, reason="the walk in PTX is for compute capability 9.0")
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("tactic", scan.SSD_SCAN_HOPPER.tactics, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(
     ("length", "heads", "groups", "pads"),
     [(64, 8, 1, [0]), (200, 8, 2, [0, 37]), (130, 8, 1, [64, 130, 129, 65]),
      (515, 8, 2, [3, 300, 0]), (1, 8, 1, [0, 1])],
 )
-def test_the_scan_in_ptx(length, heads, groups, pads, dtype, together):
+def test_the_scan_in_ptx(length, heads, groups, pads, dtype, tactic):
     """Against float64, as near as Triton's kernel for the same; padding of parts of chunks, of
     whole ones and of all."""
     for d_dtype in (torch.float32, dtype):
@@ -158,27 +158,33 @@ def test_the_scan_in_ptx(length, heads, groups, pads, dtype, together):
         values = given | launch(steps, given)
         triton = launch(plain, values)
         (call,) = scan.calls(*specs, *limits, segments=1, target=90, scratch=True)
-        tactic = scan.SSD_SCAN_HOPPER.tactics[together - 1]
-        call = replace(call, tactic=tactic, grid=(heads // together, 1))
+        grid = (scan.walk_programs(heads, groups, tactic.blocks), 1)
+        call = replace(call, tactic=tactic, grid=grid)
         made = launch_ptx(compile_call(call, TARGET), values)
         wide = [x.double() if x.is_floating_point() else x for x in given.values()]
         expected = ssd_scan_reference(*wide, None, groups, 128, 64, 0.0, 1e9)
+        assert grid[0], "a shape that the tactic is not for"
         for name, exact in zip(("y", "state"), expected, strict=True):
             error, other = (
                 (found[name].double() - exact).norm() for found in (made, triton)
             )
             assert error <= 1.05 * other + 1e-6 * exact.norm(), (name, error, other)
         (call,) = scan.calls(*specs, *limits, segments=1, target=90, scratch=True, gated=True)
-        call = replace(call, tactic=tactic, grid=(heads // together, 1))
-        check_gated(launch_ptx(compile_call(call, TARGET), values), wide[1], expected)
+        call = replace(call, tactic=tactic, grid=grid)
+        made = launch_ptx(compile_call(call, TARGET), values)
+        check_gated(made, triton, wide[1], expected)
 
 
-def check_gated(made, z, expected):
-    """What a scan with a gate writes: y as before, times silu(z); and the squares of each head."""
-    y, state = expected
-    gated = y * torch.nn.functional.silu(z[..., : y.shape[2]])
-    squares = gated.unflatten(2, (state.shape[1], -1)).square().sum(3)
-    limit = 4e-4 if made["gated"].dtype == torch.float16 else 3.2e-3
-    for name, exact, times in (("gated", gated, 1), ("state", state, 1), ("squares", squares, 2)):
-        error = (made[name].double() - exact).norm()
-        assert error <= times * limit * exact.norm(), (name, error)
+def check_gated(made, triton, z, expected):
+    """What a scan with a gate writes: y as before, times silu(z); and the squares of each head. As
+    near as Triton's rounded y makes them."""
+    gate = torch.nn.functional.silu(z[..., : expected[0].shape[2]])
+
+    def gated(y, state):
+        g = y.double() * gate
+        return g, g.unflatten(2, (state.shape[1], -1)).square().sum(3), state.double()
+
+    exact, other = gated(*expected), gated(triton["y"], triton["state"])
+    for name, one, two in zip(("gated", "squares", "state"), exact, other, strict=True):
+        error, others = ((x.double() - one).norm() for x in (made[name], two))
+        assert error <= 1.2 * others + 1e-6 * one.norm(), (name, error, others)

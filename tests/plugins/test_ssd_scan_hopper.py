@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ptx_machine import ORDERS, GlobalMemory, Machine, check_fences, straight, to_float
+from ptx_machine import (
+    ORDERS,
+    GlobalMemory,
+    Machine,
+    check_fences,
+    integers,
+    straight,
+    to_float,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from tokred_plugins.aot import SHARED_LIMITS, DoesNotFit, compile_call
-from tokred_plugins.kernels import Spec
+from tokred_plugins.kernels import Spec, cdiv
 from tokred_plugins.ssd_scan import hopper, launches
 from tokred_plugins.ssd_scan.reference import ssd_scan_reference
 
@@ -45,12 +53,15 @@ def calls(batch=1, length=200, heads=80, groups=1, states=128, dtype="fp16", **o
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
-def test_the_assembler_takes_it(gated, together, dtype, d_dtype, tmp_path):
+@pytest.mark.parametrize("walks", [2, 5])
+def test_the_assembler_takes_it(walks, gated, together, dtype, d_dtype, tmp_path):
     """No spills, and none of the remarks by which it says that products wait for each other."""
     from triton import knobs
 
     d_dtype = dtype if d_dtype == "16 bit" else d_dtype
-    walk = hopper.Walk(24, 1, dtype, d_dtype, together, 3352, gated, d_dtype, d_dtype)
+    walk = hopper.Walk(
+        24, 1, dtype, d_dtype, together, 3352, gated, d_dtype, d_dtype, walks=walks
+    )
     source = tmp_path / "kernel.ptx"
     source.write_text(hopper.write(walk, "k"))
     command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", f"{source}.o"]
@@ -62,14 +73,20 @@ def test_the_assembler_takes_it(gated, together, dtype, d_dtype, tmp_path):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize(
-    ("batch", "heads", "together"), [(1, 80, 1), (8, 80, 2), (8, 24, 2), (8, 16, 1), (3, 40, 1)]
+    ("batch", "heads", "together", "walks", "programs"),
+    [
+        (1, 80, 1, 2, 80), (8, 24, 2, 2, 12), (8, 16, 1, 2, 16), (3, 40, 1, 2, 40),
+        # 320 walks of two heads on 132 multiprocessors: two and a half each, not three.
+        (8, 80, 2, 5, 16), (8, 48, 2, 3, 16), (4, 80, 2, 3, 28),
+    ],
 )
-def test_which_is_launched(batch, heads, together, gated):
+def test_which_is_launched(batch, heads, together, walks, programs, gated):
     """One head a program where that fills the GPU or two would leave it idle; a group's heads
-    in pairs."""
+    in pairs; programs share walks where that leaves fewer idle."""
     (scan,) = calls(batch, heads=heads, gated=gated)
     assert scan.kernel.name == ("ssd_scan_hopper_gated" if gated else "ssd_scan_hopper")
-    assert scan.tactic.blocks == {"HEADS": together} and scan.grid == (heads // together, 1)
+    assert scan.tactic.blocks == {"HEADS": together, "WALKS": walks}
+    assert scan.grid == (programs, 1)
     compiled = compile_call(scan, 90)
     assert compiled.block == 128 * (together + 1) and compiled.shared <= SHARED_LIMITS[90]
     assert compiled.scratch == (384 if gated else 256) and compiled.hidden == 1
@@ -82,9 +99,50 @@ def test_heads_of_a_group():
     """A tactic asked for that would take heads of two groups is not taken, nor compiled."""
     asked = {"ssd_scan_hopper": launches.SSD_SCAN_HOPPER.tactics[1]}
     (scan,) = calls(heads=75, tactics=asked)
-    assert scan.tactic.blocks == {"HEADS": 1} and scan.grid == (75, 1)
+    assert scan.tactic.blocks == {"HEADS": 1, "WALKS": 2} and scan.grid == (75, 1)
     with pytest.raises(ValueError, match="2 heads walked together do not divide a group of 75"):
         compile_call(replace(scan, tactic=asked["ssd_scan_hopper"]), 90)
+
+
+@pytest.mark.parametrize(("heads", "walks"), [(80, 4), (80, 1), (6, 5)])
+def test_walks_that_nobody_can_share(heads, walks):
+    """Four are two each; of one there is no half before another; of two pairs with five walks of
+    six one block would have none."""
+    (scan,) = calls(heads=heads, segments=1)
+    tactic = replace(scan.tactic, blocks={"HEADS": 1, "WALKS": walks})
+    with pytest.raises(ValueError, match=f"cannot share {walks} of {heads} walks"):
+        compile_call(replace(scan, tactic=tactic), 90)
+
+
+@pytest.mark.parametrize("heads", range(1, 41))
+@pytest.mark.parametrize("walks", [3, 5])
+def test_every_part_is_walked_once(heads, walks):
+    """By one block, or its halves by two that are a cluster, the first half long before."""
+    if not hopper.can_share(heads, walks):
+        return
+    walk = hopper.Walk(heads, 1, "fp16", "fp32", 1, 8 * heads, walks=walks)
+    lines = [*hopper._parts(walk, "PART")][2:]
+    seen, most = [], 0
+    for block in range(launches.walk_programs(heads, 1, {"HEADS": 1, "WALKS": walks})):
+        first = [n if n != "mov.u32 t, %ctaid.x;" else f"mov.u32 t, {block};" for n in lines]
+        given = {"rank": block % 2, "zero": 0, "one": 1, "first": 3, "chunks": 10}
+        index, parts = 0, 1
+        while index < parts:
+            found = integers(first, {**given, "index": index})
+            parts = found["parts"]
+            half = found["turn"]
+            assert (half == 1) <= (index == 0) and (half == 2) <= (index == parts - 1)
+            expected = {0: (3, 10), 1: (3, 6), 2: (6, 10)}[half]
+            assert (found["chunk"], found["until"]) == expected
+            assert half == 0 or half == block % 2 + 1
+            seen.append((found["head"], half, block // 2 if half else 0))
+            index += 1
+        most = max(most, parts)
+    assert len(seen) == len(set(seen)) and most <= walks // 2 + 1
+    whole = {head for head, half, _ in seen if not half}
+    first, second = ({(h, pair) for h, half, pair in seen if half == n} for n in (1, 2))
+    assert first == second and not whole & {h for h, _ in first}
+    assert whole | {h for h, _ in first} == set(range(heads))
 
 
 def test_fences():
@@ -164,24 +222,29 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize(
-    ("length", "heads", "groups", "pads", "together", "dtype", "d_dtype", "limits"),
+    ("length", "heads", "groups", "pads", "together", "dtype", "d_dtype", "limits", "walks"),
     [
-        (64, 2, 1, [0], 1, "fp16", "fp32", FREE),
-        (130, 2, 1, [0], 2, "fp16", "fp16", FREE),
-        (150, 4, 2, [37, 129], 2, "bf16", "bf16", FREE),
-        (270, 2, 2, [64, 3], 1, "bf16", "fp32", (0.01, 0.5)),
-        (65, 2, 1, [65, 64], 2, "fp16", "fp32", FREE),
-        (1, 2, 1, [0, 1], 1, "fp16", "fp32", FREE),
-        (70, 2, 1, [90, -5], 1, "fp16", "fp32", FREE),
+        (64, 2, 1, [0], 1, "fp16", "fp32", FREE, 2),
+        (130, 2, 1, [0], 2, "fp16", "fp16", FREE, 2),
+        (150, 4, 2, [37, 129], 2, "bf16", "bf16", FREE, 2),
+        (270, 2, 2, [64, 3], 1, "bf16", "fp32", (0.01, 0.5), 2),
+        (65, 2, 1, [65, 64], 2, "fp16", "fp32", FREE, 2),
+        (1, 2, 1, [0, 1], 1, "fp16", "fp32", FREE, 2),
+        (70, 2, 1, [90, -5], 1, "fp16", "fp32", FREE, 2),
+        # Of two blocks with three walks, and with the one or two that are left.
+        (130, 3, 1, [0], 1, "fp16", "fp32", FREE, 3),
+        (200, 8, 2, [0, 129], 2, "bf16", "fp32", FREE, 3),
+        (140, 5, 1, [140, 64], 1, "fp16", "fp32", FREE, 3),
+        (65, 10, 1, [3], 2, "fp16", "fp32", FREE, 5),
     ],
 )
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_run_by_the_machine(
-    length, heads, groups, pads, together, dtype, d_dtype, limits, order, gated
+    length, heads, groups, pads, together, dtype, d_dtype, limits, walks, order, gated
 ):
     """Against float64: parts of chunks, padding of some, of whole chunks and of all; strong decay,
-    and every row written."""
+    and every row written; walks that two blocks share."""
     random = torch.Generator().manual_seed(0)
     batch, chunks = len(pads), math.ceil(length / 64)
     columns = heads * 64 + 2 * groups * 128
@@ -193,19 +256,20 @@ def test_run_by_the_machine(
     of_heads = normal(heads), 1 + normal(heads), normal(heads)
     bias, a_log, d = (x.to(DTYPES[d_dtype]) for x in of_heads)
     rows = torch.tensor(pads, dtype=torch.int32)
-    z = 3 * normal(batch, length, heads * 64 + columns + 8)  # rows of whole 16 bytes
-    z[..., -heads // 2 :] *= 4  # dt from far below its bias to far above it
+    z = 3 * normal(batch, length, heads * 64 + columns + cdiv(heads, 8) * 8)  # whole 16 bytes
+    z[..., -cdiv(heads, 2) :] *= 4  # dt from far below its bias to far above it
     z = z.to(DTYPES[dtype])
     wide = [t.double() for t in (xbc, z[..., -heads:], bias, a_log, d)]
     expected = ssd_scan_reference(*wide, rows, None, groups, 128, 64, *limits)
 
     packed = z.shape[2]
     walk = hopper.Walk(
-        heads, groups, dtype, d_dtype, together, packed, gated, d_dtype, d_dtype, *limits
+        heads, groups, dtype, d_dtype, together, packed, gated, d_dtype, d_dtype, *limits, walks
     )
     y = torch.full((batch, length, heads * 64), torch.nan, dtype=DTYPES[dtype])
     state = torch.full((batch, heads, 64, 128), torch.nan)
-    grid = (heads // together, batch)
+    blocks = {"HEADS": together, "WALKS": walks}
+    grid = (launches.walk_programs(heads, groups, blocks), batch)
     squares = torch.full((batch, length, heads), torch.nan)
     memory = GlobalMemory()
     read = (xbc, z, bias, a_log, d, rows)

@@ -328,9 +328,8 @@ def compile_one(job: tuple) -> None:
     if index is None:  # a product's tactic is found later
         calls = case.launches() if case.op in PRODUCTS else launches(case)
     else:
-        kernel, tactic, segments = variants(case)[index]
-        calls = launches(case, {kernel: tactic}, **({} if segments is None else
-                                                    {"segments": segments}))
+        kernel, tactic, options = variants(case)[index]
+        calls = launches(case, {kernel: tactic}, **options)
     for call in calls:
         if call.tactic.ptx:
             continue

@@ -16,6 +16,10 @@ For each chunk of 64 tokens and head (ssd_scan's README.md has the formulas):
     out = out * exp2(run_i) + D x + mixed x
     state = state * exp2(last) + (x * exp2(last - run_j) * dt_j)^T B
 
+Where walks do not fill the multiprocessors a whole number of times, two blocks (a cluster) share an
+odd number of them: one walks the first half of the last one before its own, the other the second
+half after, from the state that the first left as the final one, long before.
+
 Gated, what is written is out * silu(z), and for each token and head the sum of its squares. Tiles
 of z are read two chunks ahead, into the places from which results leave, of which there are two
 then.
@@ -59,6 +63,7 @@ class Walk:
         dtype: fp16 or bf16, of x, B, C and y.
         d_dtype: fp32, fp16 or bf16, of D.
         together: heads a block of threads walks: 1 or 2, of one group.
+        walks: of two blocks; 2 is one each, an odd number more than one each.
         packed: numbers of a row of the projection, which begins with z and ends with dt; a multiple
             of 8 where z is read.
         gated: the result is times silu(z), and its squares are summed up.
@@ -77,6 +82,27 @@ class Walk:
     a_log_dtype: str = "fp32"
     dt_min: float = 0.0
     dt_max: float = math.inf
+    walks: int = 2
+
+    @property
+    def shares(self) -> bool:
+        """A block has parts of several walks."""
+        return self.walks != 2
+
+    @property
+    def of_sequence(self) -> int:
+        """Walks."""
+        return self.heads // self.together
+
+    @property
+    def pairs(self) -> int:
+        """Of blocks that share walks of one sequence."""
+        return cdiv(self.of_sequence, self.walks)
+
+    @property
+    def end(self) -> str:
+        """The register of the chunk before which a part of a walk ends."""
+        return "until" if self.shares else "chunks"
 
     @property
     def maps(self) -> int:
@@ -124,13 +150,27 @@ class Walk:
         return self.gates_at + (_GATES * self.together if self.gated else 0)
 
 
+def can_share(of_sequence: int, walks: int) -> bool:
+    """Whether so many walks a sequence may be given to pairs of blocks, so many a pair: 2 is one
+    each; of an odd number each block has as many whole ones."""
+    if walks == 2:
+        return True
+    return walks % 2 == 1 and walks > 2 and (walks - 1) * cdiv(of_sequence, walks) <= of_sequence
+
+
 def written(call: Call) -> Written:
     """The code of a launch of ``ssd_scan_hopper`` or ``ssd_scan_hopper_gated``.
 
     Raises:
-        ValueError: heads walked together that are not of one group.
+        ValueError: heads walked together that are not of one group, or walks that two blocks
+            cannot share.
     """
     constants, together = call.constants, call.tactic.blocks["HEADS"]
+    walks = call.tactic.blocks["WALKS"]
+    if not can_share(int(constants["H"]) // together, walks):
+        raise ValueError(
+            f"two blocks cannot share {walks} of {int(constants['H']) // together} walks"
+        )
     of_group = int(constants["H"]) // int(constants["G"])
     if of_group % together:
         raise ValueError(f"{together} heads walked together do not divide a group of {of_group}")
@@ -138,6 +178,7 @@ def written(call: Call) -> Written:
         int(constants["H"]), int(constants["G"]), call.inputs["xbc"], call.inputs["d"],
         together, int(constants["Z"]), "gated" in call.outputs, call.inputs["dt_bias"],
         call.inputs["a_log"], float(constants["DT_MIN"]), float(constants["DT_MAX"]),
+        walks,
     )
     name = call.kernel.name
     return Written(write(walk, name), name, walk.shared, walk.maps * ptx.MAP_BYTES)
@@ -152,7 +193,7 @@ def write(walk: Walk, name: str) -> str:
         *((p, "pointer") for p in _INPUTS), ("length", "int"), ("chunks", "int"),
         *((p, "pointer") for p in _outputs(walk)),
     )
-    return ptx.entry(name, parameters, walk.threads, 1, lines)
+    return ptx.entry(name, parameters, walk.threads, 2 if walk.shares else 1, lines)
 
 
 _INPUTS = ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads")
@@ -168,6 +209,8 @@ def _registers(walk: Walk) -> Iterator[str]:
         yield ".reg .b32 gate, gate_parity, place, outs, gated<4>;"
         yield ".reg .b64 squares, map_z;"
         yield ".reg .f32 silu, upper_squares, lower_squares;"
+    if walk.shares:
+        yield ".reg .b32 index, parts, until, rank, turn;"
     yield ".reg .b32 length, chunks, chunk, batch, pad, first, rows, head, group, warp, held;"
     yield ".reg .b32 to<4>, x_across, x_at, steps_at, copy, out;"
     yield ".reg .b64 xbc, zxbcdt, dt_bias, a_log, d, pads, y, state, scratch, map_x, map_y;"
@@ -199,6 +242,8 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
         yield f"add.u64 map_z, map_y, {ptx.MAP_BYTES};"
     yield f"mul.lo.u32 head, head, {walk.together};"
     yield f"div.u32 group, head, {walk.heads // walk.groups};"
+    if walk.shares:
+        yield "mov.u32 rank, %cluster_ctarank;"
     yield "mov.u32 base, memory;"
     yield f"add.u32 full, base, {walk.barriers_at};"
     yield f"add.u32 empty, full, {8 * STAGES};"
@@ -241,18 +286,72 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
     yield "mov.u32 stage, 0;"
 
 
+def _parts(walk: Walk, label: str) -> Iterator[str]:
+    """What this block walks, one part after the other: sets ``head``, ``group``, ``chunk`` and
+    ``until``; ``turn`` is 1 for the first half of a walk, 2 for the second, 0 for a whole one.
+
+    The block of rank 0 begins with the half that the other one ends with.
+    """
+    if not walk.shares:
+        return
+    yield "mov.u32 index, 0;"
+    yield f"{label}:"
+    pairs, whole = walk.pairs, walk.walks // 2
+    yield "mov.u32 t, %ctaid.x;"
+    yield "shr.u32 t, t, 1;"
+    yield f"add.u32 u, t, {2 * whole * pairs};"  # the walk in two halves, if there is one
+    yield f"setp.lt.u32 p, u, {walk.of_sequence};"
+    yield "selp.b32 v, one, zero, p;"
+    yield f"add.u32 parts, v, {whole};"
+    # Which part is a half: the first of rank 0, the last of rank 1.
+    yield "setp.eq.u32 p, rank, 0;"
+    yield f"selp.b32 at, zero, {whole}, p;"
+    yield "setp.eq.u32 q, index, at;"
+    yield "setp.ne.and.u32 q, v, 0, q;"
+    # Neighbours in memory are walked at the same time, by as many blocks as are of one rank.
+    yield "mov.u32 row, index;"
+    yield "@p sub.u32 row, row, v;"
+    yield "mad.lo.u32 row, row, 2, rank;"
+    yield f"mad.lo.u32 row, row, {pairs}, t;"
+    yield "@q mov.u32 row, u;"
+    yield "mov.u32 turn, 0;"
+    yield "@q add.u32 turn, rank, 1;"
+    yield f"mul.lo.u32 head, row, {walk.together};"
+    yield f"div.u32 group, head, {walk.heads // walk.groups};"
+    yield "sub.u32 t, chunks, first;"
+    yield "shr.u32 t, t, 1;"
+    yield "add.u32 t, t, first;"
+    yield "mov.u32 chunk, first;"
+    yield "mov.u32 until, chunks;"
+    yield "setp.eq.u32 p, turn, 1;"
+    yield "@p mov.u32 until, t;"
+    yield "setp.eq.u32 p, turn, 2;"
+    yield "@p mov.u32 chunk, t;"
+
+
+def _next_part(walk: Walk, label: str) -> Iterator[str]:
+    """To the label of :func:`_parts`, where there is another."""
+    if walk.shares:
+        yield "add.u32 index, index, 1;"
+        yield "setp.lt.u32 p, index, parts;"
+        yield f"@p bra {label};"
+
+
 def _ask(walk: Walk) -> Iterator[str]:
     """The first warp's first thread asks for operands, as stages become empty; the next warps
     compute steps."""
     yield f"setmaxnreg.dec.sync.aligned.u32 {ptx.FEW_REGISTERS};"
+    if walk.shares:
+        yield "barrier.cluster.arrive;"  # they wait for no other block
     yield "mov.u32 parity, 1;"  # nothing was ever in a stage: that phase counts as over
     yield "setp.ge.u32 p, thread, 32;"
     yield "@p bra STEPS;"
     yield "setp.ne.u32 p, thread, 0;"
-    yield "@p bra END;"
+    yield "@p bra ASKED;"
+    yield from _parts(walk, "ASK_PART")
     yield "ASK:"
-    yield "setp.ge.u32 p, chunk, chunks;"
-    yield "@p bra END;"
+    yield f"setp.ge.u32 p, chunk, {walk.end};"
+    yield "@p bra ASKED_PART;"
     yield "mad.lo.u32 bar, stage, 8, empty;"
     yield from ptx.wait("bar", "ASK_WAIT")
     yield "mad.lo.u32 bar, stage, 8, full;"
@@ -275,7 +374,13 @@ def _ask(walk: Walk) -> Iterator[str]:
     yield from ptx.next_stage(STAGES)
     yield "add.u32 chunk, chunk, 1;"
     yield "bra ASK;"
+    yield "ASKED_PART:"
+    yield from _next_part(walk, "ASK_PART")
+    yield "bra ASKED;"
     yield from _compute_steps(walk)
+    yield "ASKED:"
+    if walk.shares:
+        yield "barrier.cluster.wait;"
 
 
 def _compute_steps(walk: Walk) -> Iterator[str]:
@@ -285,8 +390,9 @@ def _compute_steps(walk: Walk) -> Iterator[str]:
     yield "shr.u32 warp, thread, 5;"
     yield "sub.u32 warp, warp, 1;"
     yield f"setp.ge.u32 p, warp, {walk.together};"
-    yield "@p bra END;"
+    yield "@p bra ASKED;"
     yield "setp.eq.u32 leads, lane, 0;"
+    yield from _parts(walk, "STEPS_PART")
     yield "add.u32 head, head, warp;"
     yield from _of_head("bias", "dt_bias", walk.dt_bias_dtype)
     yield from _of_head("rate", "a_log", walk.a_log_dtype)
@@ -307,8 +413,8 @@ def _compute_steps(walk: Walk) -> Iterator[str]:
     yield f"mov.u64 apart, {2 * walk.packed * CHUNK};"  # from one chunk to the next
     yield from _load_raw(walk)
     yield "STEP:"
-    yield "setp.ge.u32 p, chunk, chunks;"
-    yield "@p bra END;"
+    yield f"setp.ge.u32 p, chunk, {walk.end};"
+    yield "@p bra STEPPED;"
     for i in range(2):
         yield f"add.f32 raw{i}, next{i}, bias;"
     yield "mov.u32 t, row;"
@@ -358,6 +464,8 @@ def _compute_steps(walk: Walk) -> Iterator[str]:
     yield from ptx.next_stage(STAGES)
     yield "add.u32 chunk, chunk, 1;"
     yield "bra STEP;"
+    yield "STEPPED:"
+    yield from _next_part(walk, "STEPS_PART")
 
 
 def _load_raw(walk: Walk) -> Iterator[str]:
@@ -406,7 +514,7 @@ def _next_place() -> Iterator[str]:
 
 
 def _walk(walk: Walk, which: int) -> Iterator[str]:
-    """One head, by a group of four warps."""
+    """One head, or parts of several, by a group of four warps."""
     copy = walk.copies_at + which * _COPY
     out = walk.out_at + which * walk.places * _TILE
     yield f"setmaxnreg.inc.sync.aligned.u32 {ptx.many_registers(walk.together)};"
@@ -414,27 +522,31 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
     yield "shr.u32 warp, thread, 5;"
     yield "setp.eq.u32 leads, thread, 0;"
     yield "setp.eq.u32 always, zero, 0;"
-    yield f"add.u32 head, head, {which};"
     yield "mov.u32 parity, 0;"
     yield from _places()
-    yield from _of_head("skip", "d", walk.d_dtype)
-    for i in range(64):
-        yield f"mov.f32 kept{i}, 0f00000000;"
     yield f"add.u32 copy, base, {copy};"
     yield f"add.u32 out, base, {out};"
-    yield from _copy_state(walk)
-    yield "fence.proxy.async.shared::cta;"
-    yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
     if walk.gated:
         yield f"add.u32 gate, base, {walk.gates_at + _GATES * which};"
         yield "mov.u32 outs, out;"
         yield "mov.u32 place, 0;"
         yield "mov.u32 gate_parity, 0;"
+    yield from _parts(walk, f"PART{which}")
+    yield f"add.u32 head, head, {which};"
+    yield from _of_head("skip", "d", walk.d_dtype)
+    for i in range(64):
+        yield f"mov.f32 kept{i}, 0f00000000;"
+    if walk.shares:
+        yield from _take_state(walk, which)
+    yield from _copy_state(walk)
+    yield "fence.proxy.async.shared::cta;"
+    yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
+    if walk.gated:
         for ahead in (0, 1):
-            yield from _ask_for_z(ahead)
+            yield from _ask_for_z(ahead, walk.end)
             yield "xor.b32 place, place, 1;"
     yield f"CHUNK{which}:"
-    yield "setp.ge.u32 p, chunk, chunks;"
+    yield f"setp.ge.u32 p, chunk, {walk.end};"
     yield f"@p bra WALKED{which};"
     yield "mad.lo.u32 bar, stage, 8, full;"
     yield from ptx.wait("bar", f"CHUNK_WAIT{which}")
@@ -443,7 +555,16 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
     yield f"bra CHUNK{which};"
     yield f"WALKED{which}:"
     yield from _store_state(walk)
+    if walk.shares:
+        yield "setp.eq.u32 p, turn, 1;"
+        yield "@p barrier.cluster.arrive;"
+        yield "setp.eq.u32 p, turn, 2;"
+        yield f"@p bra PADDED{which};"
     yield from _padding(walk, which)
+    yield from _next_part(walk, f"PART{which}")
+    if walk.shares:
+        yield "setp.ne.u32 p, turn, 2;"  # that waited before
+        yield "@p barrier.cluster.wait;"
     yield "@leads cp.async.bulk.wait_group 0;"
 
 
@@ -521,15 +642,16 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     yield f"mad.lo.u32 held, stage, {walk.stage_bytes}, base;"
     yield f"add.u32 x_at, held, {(4 + which) * _TILE};"
     yield f"add.u32 steps_at, held, {(4 + walk.together) * _TILE + which * _STEPS};"
-    # Operands: C and B along their rows, the state's copy too; x and B across.
-    yield "shr.u32 t, held, 4;"
+    # Operands: C and B along their rows, the state's copy too; x and B across. The address without
+    # the bits that say which block of a cluster: they would count as the distance of columns.
+    yield "bfe.u32 t, held, 4, 14;"
     yield from ptx.descriptor("desc_c", "t")
     yield f"add.u32 u, t, {2 * _TILE >> 4};"
     yield from ptx.descriptor("desc_b", "u")
     yield from ptx.descriptor("desc_n", "u", across=_TILE)
-    yield "shr.u32 t, copy, 4;"
+    yield "bfe.u32 t, copy, 4, 14;"
     yield from ptx.descriptor("desc_h", "t")
-    yield "shr.u32 t, x_at, 4;"
+    yield "bfe.u32 t, x_at, 4, 14;"
     yield from ptx.descriptor("desc_x", "t", across=_TILE)
 
     for name in ("score", "sum"):
@@ -595,15 +717,15 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     yield "mad.lo.u32 bar, stage, 8, empty;"
     yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
     if walk.gated:
-        yield from _ask_for_z(2)
+        yield from _ask_for_z(2, walk.end)
         yield from _next_place()
     yield from ptx.next_stage(STAGES)
 
 
-def _ask_for_z(ahead: int) -> Iterator[str]:
+def _ask_for_z(ahead: int, end: str) -> Iterator[str]:
     """Of a chunk so many after this one, where there is one, into ``place``; one thread."""
     yield f"add.u32 t, chunk, {ahead};"
-    yield "setp.lt.u32 p, t, chunks;"
+    yield f"setp.lt.u32 p, t, {end};"
     yield "and.pred p, p, leads;"
     yield f"mul.lo.u32 column, head, {HEAD_DIM};"
     yield f"mul.lo.u32 row, t, {CHUNK};"
@@ -818,8 +940,40 @@ def _store_by_threads(walk: Walk) -> Iterator[str]:
         yield "add.u32 u, u, 16;"
 
 
+def _take_state(walk: Walk, which: int) -> Iterator[str]:
+    """For the second half of a walk: the state that the other block left, once it has.
+
+    The barrier of the cluster says so: all threads arrive there as they begin, but those that are
+    to leave a state, when they have.
+    """
+    yield "setp.eq.u32 p, index, 0;"
+    yield "setp.ne.and.u32 p, turn, 1, p;"
+    yield "@p barrier.cluster.arrive;"
+    yield "setp.ne.u32 p, turn, 2;"
+    yield f"@p bra FRESH{which};"
+    yield "barrier.cluster.wait;"
+    yield from _find_state(walk)
+    for address, numbers in _STATE_PLACES:
+        yield f"ld.global.v2.f32 {numbers}, [from + {address}];"
+    yield f"FRESH{which}:"
+
+
 def _store_state(walk: Walk) -> Iterator[str]:
-    """The final state [B, H, P, N], float32."""
+    """The state [B, H, P, N], float32: the final one, or the one to go on from."""
+    yield from _find_state(walk)
+    for address, numbers in _STATE_PLACES:
+        yield f"st.global.v2.f32 [from + {address}], {numbers};"
+
+
+# Of this thread's pairs of numbers, from its first on.
+_STATE_PLACES = [
+    (32 * i + row * 8 * 4 * STATES, f"{{kept{4 * i + 2 * row}, kept{4 * i + 2 * row + 1}}}")
+    for i in range(16) for row in (0, 1)
+]
+
+
+def _find_state(walk: Walk) -> Iterator[str]:
+    """``from``: where this thread's numbers of the state are."""
     yield f"mad.lo.u32 t, batch, {walk.heads}, head;"
     yield f"mul.wide.u32 offset, t, {4 * HEAD_DIM * STATES};"
     yield "add.u64 from, state, offset;"
@@ -830,13 +984,6 @@ def _store_state(walk: Walk) -> Iterator[str]:
     yield "mad.lo.u32 u, v, 8, u;"
     yield "cvt.u64.u32 offset, u;"
     yield "add.u64 from, from, offset;"
-    for i in range(16):
-        for row in (0, 1):
-            first = 4 * i + 2 * row
-            yield (
-                f"st.global.v2.f32 [from + {32 * i + row * 8 * 4 * STATES}], "
-                f"{{kept{first}, kept{first + 1}}};"
-            )
 
 
 def _padding(walk: Walk, which: int) -> Iterator[str]:

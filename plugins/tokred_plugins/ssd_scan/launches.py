@@ -49,8 +49,11 @@ WALKED = ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads")
 SSD_SCAN_HOPPER = Kernel(
     "ssd_scan_hopper", None, WALKED, ("length", "chunks"), ("y", "state"),
     tuple(
-        Tactic({"HEADS": heads}, 4 * (heads + 1), hopper.STAGES, since=90, until=90, ptx=True)
-        for heads in (1, 2)
+        Tactic(
+            {"HEADS": heads, "WALKS": walks}, 4 * (heads + 1), hopper.STAGES, since=90, until=90,
+            ptx=True,
+        )
+        for walks in (2, 3, 5) for heads in (1, 2)
     ),
     hopper.written,
 )
@@ -60,6 +63,8 @@ SSD_SCAN_HOPPER_GATED = Kernel(
 )
 # What a chunk of two heads takes that are walked together, in chunks of one head (H100, 2.7b).
 TWO_HEADS = 1.42
+# What a walk takes where programs share walks: a new head's state and steps are waited for.
+SHARING = 1.03
 SSD_CHUNK_STATE = Kernel(
     "ssd_chunk_state", ssd_chunk_state_kernel,
     ("xbc", "zxbcdt", "dt_bias", "a_log", "pads"), ("length", "chunks"), ("steps", "added"),
@@ -142,10 +147,10 @@ def calls(
         # Where half of the GPU would idle.
         segments = 2 if 2 * batch * heads < multiprocessors else 1
     if segments == 1:
-        if scratch and target == 90 and initial_state is None and "ssd_scan" not in (tactics or {}):
-            together = heads_together(shapes) if zxbcdt.dtype == xbc.dtype else 0
-            if together:
-                return (_walk_in_ptx(shapes, dtypes, limits, tactics, together, gated),)
+        triton = "ssd_scan" in (tactics or {}) or initial_state is not None
+        alike = zxbcdt.dtype == xbc.dtype
+        if scratch and target == 90 and not triton and alike and fits_ptx(shapes):
+            return (_walk_in_ptx(shapes, dtypes, limits, tactics, gated),)
         return _walk(shapes, dtypes, limits, tactics)
     return _side_by_side(shapes, dtypes, limits, tactics, target)
 
@@ -194,14 +199,34 @@ class _Shapes:
         return Spec((self.batch, self.heads, self.head_dim, self.states), "fp32")
 
 
-def heads_together(s: _Shapes) -> int:
-    """How many heads a program of ``ssd_scan_hopper`` should walk; 0 where it does not fit."""
-    sizes = (s.head_dim, s.states)
-    if s.dtype == "fp32" or sizes != (hopper.HEAD_DIM, hopper.STATES):
+def fits_ptx(s: _Shapes) -> bool:
+    """Whether ``ssd_scan_hopper`` is made for these sizes."""
+    return s.dtype != "fp32" and (s.head_dim, s.states) == (hopper.HEAD_DIM, hopper.STATES)
+
+
+def ptx_tactic(s: _Shapes, kernel: Kernel) -> Tactic:
+    """Of ``ssd_scan_hopper``: the one that should be done first; of equals the first."""
+    possible = (t for t in kernel.tactics if walk_programs(s.heads, s.groups, t.blocks))
+    return min(possible, key=lambda tactic: _time_of_walks(s, tactic))
+
+
+def _time_of_walks(s: _Shapes, tactic: Tactic) -> float:
+    """In walks of one head, one after the other on a multiprocessor."""
+    heads, walks = tactic.blocks["HEADS"], tactic.blocks["WALKS"]
+    programs = s.batch * walk_programs(s.heads, s.groups, tactic.blocks)
+    # Programs that share walks are a cluster, which stays on two neighbours.
+    rounds = cdiv(programs, s.multiprocessors // 2 * 2)
+    each = 1 if walks == 2 else SHARING * walks / 2
+    return rounds * each * (1 if heads == 1 else TWO_HEADS)
+
+
+def walk_programs(heads: int, groups: int, blocks: Mapping[str, int]) -> int:
+    """Programs of ``ssd_scan_hopper`` for one sequence; 0 where a tactic is not for it."""
+    together, walks = blocks["HEADS"], blocks["WALKS"]
+    of_sequence = heads // together
+    if heads // groups % together or not hopper.can_share(of_sequence, walks):
         return 0
-    programs = s.batch * s.heads
-    one, two = (cdiv(programs, heads * s.multiprocessors) for heads in (1, 2))
-    return 2 if (s.heads // s.groups) % 2 == 0 and TWO_HEADS * two < one else 1
+    return of_sequence if walks == 2 else 2 * cdiv(of_sequence, walks)
 
 
 def _walk(
@@ -234,19 +259,19 @@ def _walk(
 
 def _walk_in_ptx(
     s: _Shapes, dtypes: Mapping[str, str], limits: Mapping[str, float],
-    tactics: Mapping[str, Tactic] | None, together: int, gated: bool,
+    tactics: Mapping[str, Tactic] | None, gated: bool,
 ) -> Call:
-    """One program a sequence and one or two heads, by the kernel in PTX."""
+    """Walks of one or two heads of a sequence, by the kernel in PTX."""
     kernel, outputs = SSD_SCAN_HOPPER, {"y": s.y, "state": s.state}
     if gated and s.columns % 8 == 0:  # rows of z must begin at whole 16 bytes
         kernel = SSD_SCAN_HOPPER_GATED
         outputs = {"gated": s.y, "squares": s.squares, "state": s.state}
-    scan = choose(kernel, tactics, kernel.tactics[together - 1])
-    if (s.heads // s.groups) % scan.blocks["HEADS"]:
+    scan = choose(kernel, tactics, ptx_tactic(s, kernel))
+    if not walk_programs(s.heads, s.groups, scan.blocks):
         scan = kernel.tactics[0]
     extras = {"length": s.length, "chunks": cdiv(s.length, hopper.CHUNK)}
     sizes = {**s.sizes, "Z": s.columns, **limits}
-    grid = (s.heads // scan.blocks["HEADS"], 1)
+    grid = (walk_programs(s.heads, s.groups, scan.blocks), 1)
     return _call(kernel, dtypes, extras, outputs, sizes, scan, grid)
 
 

@@ -34,6 +34,14 @@ def scan_grid(sizes: Mapping[str, int], now: Grid) -> Grid | None:
     return sizes["H"] // sizes["HEADS"], now[1]
 
 
+def walk_grid(sizes: Mapping[str, int], now: Grid) -> Grid | None:
+    """Programs that walk heads, some sharing walks."""
+    from tokred_plugins.ssd_scan.launches import walk_programs
+
+    programs = walk_programs(sizes["H"], sizes["G"], sizes)
+    return (programs, now[1]) if programs else None
+
+
 def chunk_scan_grid(sizes: Mapping[str, int], now: Grid) -> Grid | None:
     """Heads a program by pieces of the sequence, a chunk being whole pieces."""
     if (sizes["H"] // sizes["G"]) % sizes["HEADS"] or sizes["Q"] % sizes["ROWS"]:
@@ -52,8 +60,8 @@ FACE = KernelFace(
     {
         "ssd_steps": Tuning(("BLOCK",), steps_grid),
         "ssd_scan": Tuning(("HEADS",), scan_grid),
-        "ssd_scan_hopper": Tuning(("HEADS",), scan_grid),
-        "ssd_scan_hopper_gated": Tuning(("HEADS",), scan_grid),
+        "ssd_scan_hopper": Tuning(("HEADS", "WALKS"), walk_grid),
+        "ssd_scan_hopper_gated": Tuning(("HEADS", "WALKS"), walk_grid),
         "ssd_pass": Tuning(("BLOCK", "AHEAD"), pass_grid),
         "ssd_chunk_scan": Tuning(("ROWS", "HEADS"), chunk_scan_grid),
     },
