@@ -7,8 +7,8 @@ A scan in PTX is done by Triton's kernel for the same, and its gate by numpy.
     lowered_worker.py JOBS.json     a list of {"calls", "feeds", "file", "out"}, all paths
 
 The calls of the kernels of ``file`` are read from ``calls``, a "quick" file of the same graph, by
-node name: a "launcher" file carries machine code, which only a GPU runs. Its products have no node
-there; their calls are made anew from the shapes.
+node name: a "launcher" file carries machine code, which only a GPU runs. Its products, and what
+importance is made of in the scan, have no node there; calls are made anew from the shapes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from gpu_cases import require_kernels
 from tokred_plugins.kernels import Call, Spec, launch
 from tokred_plugins.linear import kernel as linear
 from tokred_plugins.registry import call_from_json
+from tokred_plugins.token_importance import kernel as token_importance
 
 
 def run_file(path: str, calls: Mapping[str, Call], feeds: Mapping[str, np.ndarray]) -> dict:
@@ -43,9 +44,9 @@ def run_file(path: str, calls: Mapping[str, Call], feeds: Mapping[str, np.ndarra
             scan, _, kernel = node.name.partition("/0/ssd_scan_hopper")
             if scan != node.name:
                 steps, walk = calls[f"{scan}/0/ssd_steps"], calls[f"{scan}/1/ssd_scan"]
-                made = walk_in_ptx(steps, walk, kernel == "_gated", *given)
+                made = walk_in_ptx(steps, walk, kernel, *given)
             else:
-                made = run_kernel(calls.get(node.name) or product_call(node, calls, *given), given)
+                made = run_kernel(calls.get(node.name) or new_call(node, calls, *given), given)
         else:
             made = run_standard(node, given, model)
         values.update(zip(node.output, made, strict=True))
@@ -53,18 +54,31 @@ def run_file(path: str, calls: Mapping[str, Call], feeds: Mapping[str, np.ndarra
 
 
 def walk_in_ptx(
-    steps: Call, walk: Call, gates: bool, xbc: np.ndarray, z: np.ndarray, dt_bias: np.ndarray,
+    steps: Call, walk: Call, form: str, xbc: np.ndarray, z: np.ndarray, dt_bias: np.ndarray,
     a_log: np.ndarray, d: np.ndarray, pads: np.ndarray,
 ) -> list[np.ndarray]:
-    """What the scan in PTX gives: y, or what goes through the gate and the sums of its squares."""
+    """What the scan in PTX gives: y, or what goes through the gate and the sums of its squares,
+    and the means of what of y is positive."""
     (made,) = run_kernel(steps, [z, dt_bias, a_log, pads])
     y, state = run_kernel(walk, [xbc, d, pads, made])
-    if not gates:
+    if not form:
         return [y, state]
     z = z[:, :, : y.shape[2]].astype(np.float32)
     gated = y.astype(np.float32) * z / (1 + np.exp(-z))
-    heads = gated.reshape(*y.shape[:2], int(walk.constants["H"]), -1)
-    return [gated.astype(y.dtype), (heads**2).sum(3), state]
+    heads, parts = (
+        x.reshape(*y.shape[:2], int(walk.constants["H"]), -1) for x in (gated, y.astype(np.float32))
+    )
+    relus = {"_gated": [], "_scored": [np.maximum(parts, 0).mean(3)]}[form]
+    return [gated.astype(y.dtype), (heads**2).sum(3), *relus, state]
+
+
+def new_call(node: onnx.NodeProto, calls: Mapping[str, Call], *given: np.ndarray) -> Call:
+    """The call of a kernel that has no node of the same name in a "quick" file: a product, or
+    importance, which the gated norm gives there."""
+    if not node.name.endswith("/token_importance"):
+        return product_call(node, calls, *given)
+    (call,) = token_importance.calls(Spec(given[0].shape, "fp32"))
+    return call
 
 
 def product_call(

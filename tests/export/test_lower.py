@@ -236,12 +236,16 @@ def test_the_scan_in_ptx_where_it_gets_scratch_memory(tmp_path):
     reads the code."""
     source = export(tmp_path, Case(dtype="float16", published=True))
     counts = lowered_for_hopper(source, tmp_path)
-    assert counts["launcher"]["ssd_scan_hopper"] == counts["quick"]["ssd_scan"] == 2
-    assert counts["older"]["ssd_scan"] == 2 and not counts["older"]["ssd_scan_hopper"]
-    assert not counts["launcher"]["ssd_scan"] and not counts["quick"]["ssd_scan_hopper"]
+    scans = {
+        form: {name: n for name, n in found.items() if name.startswith("ssd_scan")}
+        for form, found in counts.items()
+    }
+    assert scans["quick"] == scans["older"] == {"ssd_scan": 2}
+    assert scans["launcher"] == {"ssd_scan_hopper": 1, "ssd_scan_hopper_scored": 1}
     nodes = [attributes(n) for n in onnx.load(tmp_path / "launcher.onnx").graph.node]
-    scans = [n for n in nodes if n.get("kernel") == "ssd_scan_hopper"]
-    assert {n["block"] for n in scans} == {384} and {n["scratch"] for n in scans} == {256}
+    scratch = {n["kernel"]: n["scratch"] for n in nodes if n.get("kernel") in scans["launcher"]}
+    assert scratch == {"ssd_scan_hopper": 256, "ssd_scan_hopper_scored": 384}
+    assert {n["block"] for n in nodes if n.get("kernel") in scratch} == {384}
 
 
 def lowered_for_hopper(source, folder):
@@ -258,17 +262,17 @@ def lowered_for_hopper(source, folder):
         }
 
 
-# Layers of which the scan does the gate: none whose importance is asked for, of whose rows one goes
-# on, or whose groups are normalised apart.
+# Layers of which the scan does the gate: none of whose rows one goes on, or whose groups are
+# normalised apart. And of which of them it also sums up what importance is made of.
 @pytest.mark.parametrize(
-    ("case", "gated"),
+    ("case", "gated", "scored"),
     [
-        (Case("none", logits="all"), (0, 1)), (Case("none"), (0,)), (Case(logits="all"), (1,)),
-        (Case("none", logits="all", groups=2), ()),
+        (Case("none", logits="all"), (0, 1), 0), (Case("none"), (0,), 0),
+        (Case(logits="all"), (0, 1), 1), (Case("none", logits="all", groups=2), (), 0),
     ],
     ids=["dense", "last token", "importance", "groups"],
 )
-def test_the_gate_of_a_norm(tmp_path, case, gated):
+def test_the_gate_of_a_norm(tmp_path, case, gated, scored):
     """A norm between a scan and a product is half of each, where nothing else wants it, and where
     the scan's kernel can gate; what comes out is what it was."""
     case = case._replace(dtype="float16", published=True, tied=False)
@@ -277,7 +281,9 @@ def test_the_gate_of_a_norm(tmp_path, case, gated):
     norms = sum(n for k, n in counts["quick"].items() if k.startswith("gated_rms_norm"))
     assert norms == sum(n for k, n in counts["older"].items() if k.startswith("gated_rms_norm"))
     found = counts["launcher"]
-    assert found["ssd_scan_hopper_gated"] == len(gated) == norms - sum(
+    assert found["ssd_scan_hopper_scored"] == found["token_importance"] == scored
+    assert counts["quick"]["gated_rms_norm_scores"] == scored
+    assert found["ssd_scan_hopper_gated"] + scored == len(gated) == norms - sum(
         n for k, n in found.items() if k.startswith("gated_rms_norm")
     )
     assert found["ssd_scan_hopper"] == 2 - len(gated)
@@ -380,6 +386,23 @@ def test_gates_that_stay_with_the_norm(tmp_path, change):
     assert (before["ssd_scan_hopper_gated"], after["ssd_scan_hopper_gated"]) == (1, 0)
     assert after["gated_rms_norm"] == before["gated_rms_norm"] + 1 == 2
     assert before.total() + 1 == after.total()
+
+
+@pytest.mark.parametrize(
+    "change", [read_twice("SsdScan", 0), handed_out("SsdScan", 0), norm_first],
+    ids=["y is read twice", "y is wanted", "norm first"],
+)
+def test_importance_that_stays_with_the_norm(tmp_path, change):
+    """Where the scan must write y, or cannot gate it; the norm reads every row of it."""
+    source = export(tmp_path, Case(logits="all", dtype="float16", published=True))
+    before = lowered_for_hopper(source, tmp_path)["launcher"]
+    model = onnx.load(source)
+    change(model.graph)
+    onnx.save(model, source)
+    after = lowered_for_hopper(source, tmp_path)["launcher"]
+    assert (before["ssd_scan_hopper_scored"], after["ssd_scan_hopper_scored"]) == (1, 0)
+    assert (before["token_importance"], after["token_importance"]) == (1, 0)
+    assert (before["gated_rms_norm_scores"], after["gated_rms_norm_scores"]) == (0, 1)
 
 
 def test_gates_of_few_tokens(tmp_path):

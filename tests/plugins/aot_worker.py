@@ -42,8 +42,8 @@ def every_call() -> Iterator[Call]:
             calls = case.launches()
             if case.op == "ssd_scan":  # whatever GPU is here
                 calls = case.launches(target=None) + case.launches(segments=1, target=None)
-                for gated in (False, True):
-                    calls += case.launches(segments=1, target=90, scratch=True, gated=gated)
+                for form in ({}, {"gated": True}, {"gated": True, "scored": True}):
+                    calls += case.launches(segments=1, target=90, scratch=True, **form)
             if case.op == "gated_rms_norm":
                 calls += case.launches(scores=True)
             for call in calls:

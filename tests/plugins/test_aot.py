@@ -70,7 +70,7 @@ def test_all_kernels_for_all_targets(compiled):
     both = [90, *(sm for sm in PTX_VERSIONS if sm >= 90)]  # by Triton, and by hand for 9.0
     assert sorted(described) == [
         *(("linear", sm) for sm in both), *(("linear with squares", sm) for sm in both),
-        ("ssd_scan_hopper", 90), ("ssd_scan_hopper_gated", 90),
+        ("ssd_scan_hopper", 90), ("ssd_scan_hopper_gated", 90), ("ssd_scan_hopper_scored", 90),
     ]
 
 
@@ -128,6 +128,7 @@ def test_strides_of_descriptors_are_bytes(compiled):
         rows = {
             "linear": {768, 3352}, "linear with squares": {1536, 768},
             "ssd_scan_hopper": {1536, 1792}, "ssd_scan_hopper_gated": {1536, 1792, 3352},
+            "ssd_scan_hopper_scored": {1536, 1792, 3352},
         }[form(kernel)]
         assert found == {2 * n for n in rows}, (form(kernel), kernel.target, found)
 

@@ -169,22 +169,26 @@ def test_the_scan_in_ptx(length, heads, groups, pads, dtype, tactic):
                 (found[name].double() - exact).norm() for found in (made, triton)
             )
             assert error <= 1.05 * other + 1e-6 * exact.norm(), (name, error, other)
-        (call,) = scan.calls(*specs, *limits, segments=1, target=90, scratch=True, gated=True)
+        form = {"gated": True, "scored": d_dtype is dtype}
+        (call,) = scan.calls(*specs, *limits, segments=1, target=90, scratch=True, **form)
         call = replace(call, tactic=tactic, grid=grid)
         made = launch_ptx(compile_call(call, TARGET), values)
         check_gated(made, triton, wide[1], expected)
 
 
 def check_gated(made, triton, z, expected):
-    """What a scan with a gate writes: y as before, times silu(z); and the squares of each head. As
-    near as Triton's rounded y makes them."""
+    """What a scan with a gate writes: y as before, times silu(z); the squares of each head, and
+    maybe the means of what is positive of y. As near as Triton's rounded y makes them."""
     gate = torch.nn.functional.silu(z[..., : expected[0].shape[2]])
 
     def gated(y, state):
-        g = y.double() * gate
-        return g, g.unflatten(2, (state.shape[1], -1)).square().sum(3), state.double()
+        heads = [x.unflatten(2, (state.shape[1], -1)) for x in (y.double() * gate, y.double())]
+        return {
+            "gated": heads[0].flatten(2), "squares": heads[0].square().sum(3),
+            "relus": heads[1].relu().mean(3), "state": state.double(),
+        }
 
     exact, other = gated(*expected), gated(triton["y"], triton["state"])
-    for name, one, two in zip(("gated", "squares", "state"), exact, other, strict=True):
-        error, others = ((x.double() - one).norm() for x in (made[name], two))
-        assert error <= 1.2 * others + 1e-6 * one.norm(), (name, error, others)
+    for name, found in made.items():
+        error, others = ((x.double() - exact[name]).norm() for x in (found, other[name]))
+        assert error <= 1.2 * others + 1e-6 * exact[name].norm(), (name, error, others)

@@ -34,6 +34,9 @@ from tokred_plugins.ssd_scan.reference import ssd_scan_reference
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FREE = 0.0, 1e9  # what dt is clamped to
 KINDS = {"fp16": "f16", "bf16": "bf16"}
+FORMS = {"plain": {}, "gated": {"gated": True}, "scored": {"gated": True, "scored": True}}
+KERNELS = {"plain": "ssd_scan_hopper", "gated": "ssd_scan_hopper_gated",
+           "scored": "ssd_scan_hopper_scored"}
 
 
 def calls(batch=1, length=200, heads=80, groups=1, states=128, dtype="fp16", **options):
@@ -52,15 +55,16 @@ def calls(batch=1, length=200, heads=80, groups=1, states=128, dtype="fp16", **o
 @pytest.mark.parametrize("d_dtype", ["fp32", "16 bit"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("together", [1, 2])
-@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("walks", [2, 5])
-def test_the_assembler_takes_it(walks, gated, together, dtype, d_dtype, tmp_path):
+def test_the_assembler_takes_it(walks, form, together, dtype, d_dtype, tmp_path):
     """No spills, and none of the remarks by which it says that products wait for each other."""
     from triton import knobs
 
     d_dtype = dtype if d_dtype == "16 bit" else d_dtype
     walk = hopper.Walk(
-        24, 1, dtype, d_dtype, together, 3352, gated, d_dtype, d_dtype, walks=walks
+        24, 1, dtype, d_dtype, together, 3352, dt_bias_dtype=d_dtype, a_log_dtype=d_dtype,
+        walks=walks, **FORMS[form],
     )
     source = tmp_path / "kernel.ptx"
     source.write_text(hopper.write(walk, "k"))
@@ -71,7 +75,7 @@ def test_the_assembler_takes_it(walks, gated, together, dtype, d_dtype, tmp_path
     assert not re.search(r"warning|C75\d\d|serializ", done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("batch", "heads", "together", "walks", "programs"),
     [
@@ -80,16 +84,16 @@ def test_the_assembler_takes_it(walks, gated, together, dtype, d_dtype, tmp_path
         (8, 80, 2, 5, 16), (8, 48, 2, 3, 16), (4, 80, 2, 3, 28),
     ],
 )
-def test_which_is_launched(batch, heads, together, walks, programs, gated):
+def test_which_is_launched(batch, heads, together, walks, programs, form):
     """One head a program where that fills the GPU or two would leave it idle; a group's heads
     in pairs; programs share walks where that leaves fewer idle."""
-    (scan,) = calls(batch, heads=heads, gated=gated)
-    assert scan.kernel.name == ("ssd_scan_hopper_gated" if gated else "ssd_scan_hopper")
+    (scan,) = calls(batch, heads=heads, **FORMS[form])
+    assert scan.kernel.name == KERNELS[form]
     assert scan.tactic.blocks == {"HEADS": together, "WALKS": walks}
     assert scan.grid == (programs, 1)
     compiled = compile_call(scan, 90)
     assert compiled.block == 128 * (together + 1) and compiled.shared <= SHARED_LIMITS[90]
-    assert compiled.scratch == (384 if gated else 256) and compiled.hidden == 1
+    assert compiled.scratch == (256 if form == "plain" else 384) and compiled.hidden == 1
     for target in (89, 100):
         with pytest.raises(DoesNotFit, match=r"compute capability 9\.0, not"):
             compile_call(scan, target)
@@ -158,7 +162,7 @@ def test_fences():
     assert "fence.proxy.async.shared::cta;" in made
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "other",
     [{"scratch": False}, {"target": 100}, {"target": None}, {"dtype": "fp32"}, {"states": 64},
@@ -166,23 +170,24 @@ def test_fences():
      {"tactics": {"ssd_scan": launches.SSD_SCAN.tactics[0]}}, {"packed": "fp32"}],
     ids="-".join,
 )
-def test_where_triton_s_is_launched(other, gated):
+def test_where_triton_s_is_launched(other, form):
     """What the PTX does not do, and where nobody passes scratch memory; it does not gate."""
-    made = calls(segments=1, gated=gated, **other)
+    made = calls(segments=1, **FORMS[form], **other)
     assert [c.kernel.name for c in made] == ["ssd_steps", "ssd_scan"]
     assert list(made[1].outputs) == ["y", "state"]
 
 
 def test_rows_of_z_that_are_no_whole_16_bytes():
     """The accelerator reads none such: 75 heads are not gated."""
-    names = [calls(segments=1, heads=heads, gated=True)[0].kernel.name for heads in (75, 72)]
-    assert names == ["ssd_scan_hopper", "ssd_scan_hopper_gated"]
+    for form in ("gated", "scored"):
+        names = [calls(segments=1, heads=heads, **FORMS[form])[0].kernel.name for heads in (75, 72)]
+        assert names == ["ssd_scan_hopper", KERNELS[form]]
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
-def test_parameters(gated):
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters(form):
     """The entry takes what the kernel says, in its order."""
-    (scan,) = calls(batch=8, gated=gated)
+    (scan,) = calls(batch=8, **FORMS[form])
     compiled = compile_call(scan, 90)
     names = re.findall(rf"\.param [^,\n]*?{compiled.entry}_(\w+)", compiled.ptx)
     kernel = scan.kernel
@@ -222,29 +227,30 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize(
-    ("length", "heads", "groups", "pads", "together", "dtype", "d_dtype", "limits", "walks"),
+    "length, heads, groups, pads, together, dtype, d_dtype, limits, walks, sums",
     [
-        (64, 2, 1, [0], 1, "fp16", "fp32", FREE, 2),
-        (130, 2, 1, [0], 2, "fp16", "fp16", FREE, 2),
-        (150, 4, 2, [37, 129], 2, "bf16", "bf16", FREE, 2),
-        (270, 2, 2, [64, 3], 1, "bf16", "fp32", (0.01, 0.5), 2),
-        (65, 2, 1, [65, 64], 2, "fp16", "fp32", FREE, 2),
-        (1, 2, 1, [0, 1], 1, "fp16", "fp32", FREE, 2),
-        (70, 2, 1, [90, -5], 1, "fp16", "fp32", FREE, 2),
+        (64, 2, 1, [0], 1, "fp16", "fp32", FREE, 2, 2),
+        (130, 2, 1, [0], 2, "fp16", "fp16", FREE, 2, 1),
+        (150, 4, 2, [37, 129], 2, "bf16", "bf16", FREE, 2, 2),
+        (270, 2, 2, [64, 3], 1, "bf16", "fp32", (0.01, 0.5), 2, 1),
+        (65, 2, 1, [65, 64], 2, "fp16", "fp32", FREE, 2, 2),
+        (1, 2, 1, [0, 1], 1, "fp16", "fp32", FREE, 2, 1),
+        (70, 2, 1, [90, -5], 1, "fp16", "fp32", FREE, 2, 2),
         # Of two blocks with three walks, and with the one or two that are left.
-        (130, 3, 1, [0], 1, "fp16", "fp32", FREE, 3),
-        (200, 8, 2, [0, 129], 2, "bf16", "fp32", FREE, 3),
-        (140, 5, 1, [140, 64], 1, "fp16", "fp32", FREE, 3),
-        (65, 10, 1, [3], 2, "fp16", "fp32", FREE, 5),
+        (130, 3, 1, [0], 1, "fp16", "fp32", FREE, 3, 1),
+        (200, 8, 2, [0, 129], 2, "bf16", "fp32", FREE, 3, 2),
+        (140, 5, 1, [140, 64], 1, "fp16", "fp32", FREE, 3, 1),
+        (65, 10, 1, [3], 2, "fp16", "fp32", FREE, 5, 2),
     ],
 )
-@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_run_by_the_machine(
-    length, heads, groups, pads, together, dtype, d_dtype, limits, walks, order, gated
+    length, heads, groups, pads, together, dtype, d_dtype, limits, walks, sums, order, gated
 ):
     """Against float64: parts of chunks, padding of some, of whole chunks and of all; strong decay,
-    and every row written; walks that two blocks share."""
+    and every row written; walks that two blocks share; sums of squares, or of what is positive too.
+    """
     random = torch.Generator().manual_seed(0)
     batch, chunks = len(pads), math.ceil(length / 64)
     columns = heads * 64 + 2 * groups * 128
@@ -264,16 +270,17 @@ def test_run_by_the_machine(
 
     packed = z.shape[2]
     walk = hopper.Walk(
-        heads, groups, dtype, d_dtype, together, packed, gated, d_dtype, d_dtype, *limits, walks
+        heads, groups, dtype, d_dtype, together, packed, gated, d_dtype, d_dtype, *limits, walks,
+        gated and sums == 2,
     )
     y = torch.full((batch, length, heads * 64), torch.nan, dtype=DTYPES[dtype])
     state = torch.full((batch, heads, 64, 128), torch.nan)
     blocks = {"HEADS": together, "WALKS": walks}
     grid = (launches.walk_programs(heads, groups, blocks), batch)
-    squares = torch.full((batch, length, heads), torch.nan)
+    squares, relus = (torch.full((batch, length, heads), torch.nan) for _ in range(2))
     memory = GlobalMemory()
     read = (xbc, z, bias, a_log, d, rows)
-    written = (y, squares, state) if gated else (y, state)
+    written = (y, *(squares, relus)[: sums if gated else 0], state)
     inputs, outputs = ([memory.add(bits(t)) for t in tensors] for tensors in (read, written))
     scratch = memory.add(np.zeros(math.prod(grid) * walk.maps * 128, np.uint8))
     arguments = (*inputs, length, chunks, *outputs, scratch, 0)
@@ -283,8 +290,9 @@ def test_run_by_the_machine(
     limit = {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]
     if gated:
         g = expected[0] * F.silu(z[:, :, : heads * 64].double())
-        expected = g, expected[1], g.view(batch, length, heads, 64).square().sum(3)
-        found += (squares,)
+        parts, wholes = (x.view(batch, length, heads, 64) for x in (g, expected[0]))
+        more = (parts.square().sum(3), wholes.relu().mean(3))[:sums]
+        expected, found = (g, expected[1], *more), (*found, *(squares, relus)[:sums])
     for got, want in zip(found, expected, strict=True):
         times = 2 if got is squares else 1  # what a square does to an error
         assert (got.double() - want).norm() <= times * limit * want.norm()

@@ -30,6 +30,6 @@ def test_variants_are_launched(monkeypatch, gpu):
             )
             assert asked == given, name  # heads a program are as many as divide a group
             found.add(name)
-    walks = {"ssd_scan_hopper", "ssd_scan_hopper_gated"}
+    walks = {"ssd_scan_hopper", "ssd_scan_hopper_gated", "ssd_scan_hopper_scored"}
     assert {"ssd_steps", "ssd_scan", "ssd_chunk_scan", "token_reduce_norm"} < found
     assert found & walks == (walks if gpu == 90 else set())

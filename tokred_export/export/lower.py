@@ -9,7 +9,8 @@ Two forms of the same graph come out:
                for the C++ plugin in ``plugins/launcher``, opset 17, and products with constants
                as kernels too. Where a scan's kernel can gate, a gated norm between it and a
                product is no kernel: the product divides by the root mean square of what the scan
-               has gated, and its constant holds the norm's weight
+               has gated, and its constant holds the norm's weight. Importance that is asked for
+               of the scan's y is then that of its heads' means
 
 No function bodies are left: a TensorRT that lacks the plugin refuses the file instead of
 quietly running something slower.
@@ -84,7 +85,8 @@ def lower(
     scored = _scored_norms(model.graph)
     gpu = {"target": sm, "scratch": descriptors and form == "launcher"}
     gpu |= {"multiprocessors": multiprocessors} if multiprocessors else {}
-    joins = _joins(model.graph) if form == "launcher" else {}  # elsewhere products are TensorRT's
+    # Elsewhere products are TensorRT's.
+    joins = _joins(model.graph, scored) if form == "launcher" else {}
     after_sites = _norms_after_sites(model.graph)
     norms = after_sites | {scan: join.norm for scan, join in joins.items()}
     done, scales = {*scored.values(), *after_sites.values()}, {}
@@ -92,10 +94,12 @@ def lower(
         if node.domain != DOMAIN or node in done:
             continue
         join, norm = joins.get(node), norms.get(node)
-        calls, values = _replace(model.graph, node, write, batch, gpu, scored.get(node), norm)
+        scores = scored.get(node if join is None else norm)
+        calls, values = _replace(model.graph, node, write, batch, gpu, scores, norm)
         counts.update(call.kernel.name for call in calls)
         if "gated" in values:
             done.add(norm)
+            done.discard(scores)
             scales[join.product] = values["squares"], join
     model.functions.clear()
     if form == "launcher":
@@ -163,12 +167,12 @@ class _Join(NamedTuple):
     eps: float
 
 
-def _joins(graph: ir.Graph) -> dict[ir.Node, _Join]:
+def _joins(graph: ir.Graph, scored: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _Join]:
     """Scans that may gate what they write -> the gated norm of which that is the first half.
 
-    Where nothing else reads y nor what the norm gives, and the norm is one over the whole row, of
-    what is gated already: then it is a number a row, which the product can apply to its sums, if
-    its constant can take the norm's weight in.
+    Where nothing but importance reads y too, nothing else what the norm gives, and the norm is one
+    over the whole row, of what is gated already: then it is a number a row, which the product can
+    apply to its sums, if its constant can take the norm's weight in.
     """
     from tokred_plugins.linear.kernel import FEW
 
@@ -181,7 +185,8 @@ def _joins(graph: ir.Graph) -> dict[ir.Node, _Join]:
         if (
             said["group_size"] == said["inner"] and not said["norm_before_gate"]
             and scan is not None and ONNX_NAMES.get(scan.op_type) == "ssd_scan"
-            and scan.inputs[1] is norm.inputs[1] and _only_reader(graph, norm.inputs[0]) is norm
+            and scan.inputs[1] is norm.inputs[1] and norm.inputs[0] not in graph.outputs
+            and {u.node for u in norm.inputs[0].uses()} <= {norm, scored.get(norm)}
             and product is not None and product.op_type == "MatMul" and _product(product)
             and norm.inputs[2].const_value is not None
             and _in_range(product.inputs[1], norm.inputs[2])
@@ -320,7 +325,8 @@ def _replace(
         write: makes the node of one launch.
         batch: where the graph's is open.
         gpu: what faces know of it.
-        scores: the TokenImportance node that a GatedRmsNorm's kernel does along.
+        scores: the TokenImportance node that a GatedRmsNorm's kernel does along, or that a scan's
+            can prepare if it does the gate.
         norm: the norm after it: its kernel does the gate of a GatedRmsNorm if it can, or all of an
             AddRmsNorm.
 
@@ -337,13 +343,14 @@ def _replace(
     tensors = {n: v for n, v in zip(face.inputs, node.inputs, strict=False) if v is not None}
     specs = {n: _spec(node, v, batch) for n, v in tensors.items()}
     attributes = {n: a.value for n, a in node.attributes.items()} | gpu
+    gates = norm is not None and norm.op_type == "GatedRmsNorm"
     if scores is not None:
-        attributes["scores"] = True
+        attributes["scored" if gates else "scores"] = True
     whole = norm is not None and norm.op_type == "AddRmsNorm"
     if whole:
         tensors["weight"], attributes["eps"] = norm.inputs[2], norm.attributes["eps"].value
         specs["weight"] = _spec(norm, tensors["weight"], batch)
-    elif norm is not None:
+    elif gates:
         attributes["gated"] = True
     try:
         calls = face.calls(specs, attributes)
@@ -364,8 +371,10 @@ def _replace(
         old, outputs, values["hidden_out"] = [node, norm], list(norm.outputs), values["normed"]
     elif "gated" in values:  # in the place of y, which only the norm would read
         old, outputs, values["y"] = [node, norm], [*norm.outputs, *outputs[1:]], values["gated"]
+        if scores is not None:  # the mean over heads of what is a mean over a head
+            scores.replace_input_with(0, values["relus"])
     results = [values[n] for n in face.results]
-    if scores is not None:
+    if scores is not None and not gates:
         results.append(values["scores"])
         old.append(scores)
         outputs += scores.outputs

@@ -17,7 +17,7 @@ from tokred_plugins.kernels import Call, Spec, Tactic, torch_dtypes
 
 NO_LIMIT = 3.4e38
 VOCABULARY = 50288  # of the published models, rows of padding included
-SCANS = ("ssd_scan", "ssd_scan_gated")
+SCANS = ("ssd_scan", "ssd_scan_gated", "ssd_scan_scored")
 
 
 @dataclass(frozen=True)
@@ -179,17 +179,28 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
     yield plain
     if this_gpu() == 90 and dtype != "fp32":  # there is a kernel of no other kind
         gates = partial(scan.calls, target=90, segments=1, scratch=True, gated=True)
-        yield replace(  # reads z too
+        gated = replace(  # reads z too
             plain, op="ssd_scan_gated", calls=gates, outputs=("gated", "squares", "state"),
             needed=plain.needed + rows * m.inner * two, plain=gated_scan,
         )
+        yield gated
+        yield replace(
+            gated, op="ssd_scan_scored", calls=partial(gates, scored=True),
+            outputs=(*gated.outputs, "relus"), plain=scored_scan,
+        )
 
 
-def gated_scan(xbc: torch.Tensor, zxbcdt: torch.Tensor, *others: object) -> tuple:
+def gated_scan(*given: object) -> tuple:
     """The scan's y times silu(z), the sums of its squares over each head, and the last state."""
+    return scored_scan(*given)[:-1]
+
+
+def scored_scan(xbc: torch.Tensor, zxbcdt: torch.Tensor, *others: object) -> tuple:
+    """:func:`gated_scan`, and the mean of max(0, y) over each head."""
     y, state = opset.PLAIN.ssd_scan(xbc, zxbcdt, *others)
     gated = y * F.silu(zxbcdt[:, :, : y.shape[2]])
-    return gated, gated.unflatten(2, (state.shape[1], -1)).square().sum(3), state
+    heads, parts = (x.unflatten(2, (state.shape[1], -1)) for x in (gated, y))
+    return gated, heads.square().sum(3), state, parts.relu().mean(3)
 
 
 PRODUCTS = ("first_product", "second_product", "second_product_scaled")

@@ -20,7 +20,8 @@ Where walks do not fill the multiprocessors a whole number of times, two blocks 
 odd number of them: one walks the first half of the last one before its own, the other the second
 half after, from the state that the first left as the final one, long before.
 
-Gated, what is written is out * silu(z), and for each token and head the sum of its squares. Tiles
+Gated, what is written is out * silu(z), and for each token and head the sum of its squares; scored,
+also the mean of max(0, out). Tiles
 of z are read two chunks ahead, into the places from which results leave, of which there are two
 then.
 
@@ -67,6 +68,7 @@ class Walk:
         packed: numbers of a row of the projection, which begins with z and ends with dt; a multiple
             of 8 where z is read.
         gated: the result is times silu(z), and its squares are summed up.
+        scored: gated, and what was positive before is summed up too.
         dt_bias_dtype, a_log_dtype: fp32, fp16 or bf16.
         dt_min, dt_max: limits of dt.
     """
@@ -83,6 +85,7 @@ class Walk:
     dt_min: float = 0.0
     dt_max: float = math.inf
     walks: int = 2
+    scored: bool = False
 
     @property
     def shares(self) -> bool:
@@ -159,7 +162,7 @@ def can_share(of_sequence: int, walks: int) -> bool:
 
 
 def written(call: Call) -> Written:
-    """The code of a launch of ``ssd_scan_hopper`` or ``ssd_scan_hopper_gated``.
+    """The code of a launch of ``ssd_scan_hopper``, gated or not, scored or not.
 
     Raises:
         ValueError: heads walked together that are not of one group, or walks that two blocks
@@ -178,7 +181,7 @@ def written(call: Call) -> Written:
         int(constants["H"]), int(constants["G"]), call.inputs["xbc"], call.inputs["d"],
         together, int(constants["Z"]), "gated" in call.outputs, call.inputs["dt_bias"],
         call.inputs["a_log"], float(constants["DT_MIN"]), float(constants["DT_MAX"]),
-        walks,
+        walks, "relus" in call.outputs,
     )
     name = call.kernel.name
     return Written(write(walk, name), name, walk.shared, walk.maps * ptx.MAP_BYTES)
@@ -186,7 +189,7 @@ def written(call: Call) -> Written:
 
 def write(walk: Walk, name: str) -> str:
     """The PTX of ``name(xbc, zxbcdt, dt_bias, a_log, d, pads, length, chunks, y, state, scratch,
-    profile)``; gated, ``squares`` comes after ``y``."""
+    profile)``; gated, ``squares`` comes after ``y``, and scored, ``relus`` after that."""
     work = (_walk(walk, head) for head in range(walk.together))
     lines = [*_registers(walk), *_prepare(walk, name), *ptx.roles(_ask(walk), work), "ret;"]
     parameters = (
@@ -200,7 +203,8 @@ _INPUTS = ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads")
 
 
 def _outputs(walk: Walk) -> tuple[str, ...]:
-    return ("y", "squares", "state") if walk.gated else ("y", "state")
+    more = ("squares",) * walk.gated + ("relus",) * walk.scored
+    return ("y", *more, "state")
 
 
 def _registers(walk: Walk) -> Iterator[str]:
@@ -209,6 +213,9 @@ def _registers(walk: Walk) -> Iterator[str]:
         yield ".reg .b32 gate, gate_parity, place, outs, gated<4>;"
         yield ".reg .b64 squares, map_z;"
         yield ".reg .f32 silu, upper_squares, lower_squares;"
+    if walk.scored:
+        yield ".reg .b64 relus;"
+        yield ".reg .f32 upper_relus, lower_relus;"
     if walk.shares:
         yield ".reg .b32 index, parts, until, rank, turn;"
     yield ".reg .b32 length, chunks, chunk, batch, pad, first, rows, head, group, warp, held;"
@@ -768,13 +775,14 @@ def _gates(dtype: str, which: int) -> Iterator[str]:
 
 
 def _gated(walk: Walk) -> Iterator[str]:
-    """out = out * silu(z), and the sum of squares of each row."""
+    """out = out * silu(z), and the sum of squares of each row; before, of what is positive."""
+    sums = _sums(walk)
     for row in ("upper", "lower"):
-        yield f"mov.f32 {row}_squares, 0f00000000;"
+        for name in sums:
+            yield f"mov.f32 {row}_{name}, 0f00000000;"
     for i in range(32):
-        squares = f"{('upper', 'lower')[i // 2 % 2]}_squares"
-        yield f"mul.f32 sum{i}, sum{i}, score{i};"
-        yield f"fma.rn.f32 {squares}, sum{i}, sum{i}, {squares};"
+        row = ("upper", "lower")[i // 2 % 2]
+        yield from _add_to_sums(walk, f"sum{i}", f"score{i}", row)
     # The row from the first that is no padding; those before it are huge.
     yield f"mul.lo.u32 row, chunk, {CHUNK};"
     yield "sub.s32 row, row, pad;"
@@ -784,22 +792,40 @@ def _gated(walk: Walk) -> Iterator[str]:
     yield "mad.lo.u32 u, batch, length, pad;"
     yield "add.u32 u, u, row;"
     yield "and.b32 v, lane, 3;"
-    for squares in ("upper_squares", "lower_squares"):
-        yield from ptx.add_up(squares, 4)
+    for which in ("upper", "lower"):
+        for name in sums:
+            yield from ptx.add_up(f"{which}_{name}", 4)
         yield "setp.eq.u32 p, v, 0;"
         yield "setp.lt.and.u32 p, row, rows, p;"
-        yield from _store_squares(walk, squares)
+        yield from _store_sums(walk, which)
         yield "add.u32 row, row, 8;"
         yield "add.u32 u, u, 8;"
 
 
-def _store_squares(walk: Walk, register: str) -> Iterator[str]:
-    """Of row ``u`` of all, if ``p``: [B, L, H], float32."""
-    yield f"mul.wide.u32 offset, u, {4 * walk.heads};"
-    yield "add.u64 from, squares, offset;"
+def _sums(walk: Walk) -> tuple[str, ...]:
+    """Over the channels of a head."""
+    return ("squares", "relus") if walk.scored else ("squares",)
+
+
+def _add_to_sums(walk: Walk, y: str, gate: str, row: str) -> Iterator[str]:
+    """y = y * gate, added to what the row's sums are of; uses ``f``."""
+    if walk.scored:
+        yield f"max.f32 f, {y}, 0f00000000;"
+        yield f"add.f32 {row}_relus, {row}_relus, f;"
+    yield f"mul.f32 {y}, {y}, {gate};"
+    yield f"fma.rn.f32 {row}_squares, {y}, {y}, {row}_squares;"
+
+
+def _store_sums(walk: Walk, row: str) -> Iterator[str]:
+    """Of row ``u`` of all, if ``p``: [B, L, H], float32; of what is positive the mean."""
     yield "mul.wide.u32 offset, head, 4;"
-    yield "add.u64 from, from, offset;"
-    yield f"@p st.global.f32 [from], {register};"
+    yield f"mul.wide.u32 wide, u, {4 * walk.heads};"
+    yield "add.u64 offset, offset, wide;"
+    if walk.scored:
+        yield f"mul.f32 {row}_relus, {row}_relus, {ptx.float_literal(1 / HEAD_DIM)};"
+    for name in _sums(walk):
+        yield f"add.u64 from, {name}, offset;"
+        yield f"@p st.global.f32 [from], {row}_{name};"
 
 
 def _two_floats(register: str, dtype: str) -> Iterator[str]:
@@ -1012,7 +1038,8 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
             regs = ", ".join(f"{name}{i}" for i in range(4))
             yield f"@p ld.global.v4.b32 {{{regs}}}, [from];"
     if walk.gated:
-        yield "mov.f32 upper_squares, 0f00000000;"
+        for name in _sums(walk):
+            yield f"mov.f32 upper_{name}, 0f00000000;"
     for i in range(4):
         yield from _two_floats(f"two{i}", walk.dtype)
         for x, y in (("f", "even_weight"), ("g", "odd_weight")):
@@ -1020,16 +1047,17 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
         if walk.gated:
             yield from _two_floats(f"gated{i}", walk.dtype)
             yield from _silu_of_two()
-            for z, y in (("f", "even_weight"), ("g", "odd_weight")):
-                yield f"mul.f32 {y}, {y}, {z};"
-                yield f"fma.rn.f32 upper_squares, {y}, {y}, upper_squares;"
+            yield "mov.f32 last, f;"
+            for z, y in (("last", "even_weight"), ("g", "odd_weight")):
+                yield from _add_to_sums(walk, y, z, "upper")
         yield ptx.round_two(f"two{i}", "even_weight", "odd_weight", walk.dtype)
     yield "@p st.global.v4.b32 [from], {two0, two1, two2, two3};"
     if walk.gated:
-        yield from ptx.add_up("upper_squares", 8)
+        for name in _sums(walk):
+            yield from ptx.add_up(f"upper_{name}", 8)
         yield "and.b32 v, lane, 7;"
         yield "setp.eq.and.u32 p, v, 0, p;"
-        yield from _store_squares(walk, "upper_squares")
+        yield from _store_sums(walk, "upper")
     yield "add.u32 row, row, 16;"
     yield f"bra PADDING{which};"
     yield f"PADDED{which}:"

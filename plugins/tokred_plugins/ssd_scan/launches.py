@@ -61,6 +61,10 @@ SSD_SCAN_HOPPER_GATED = Kernel(
     "ssd_scan_hopper_gated", None, WALKED, ("length", "chunks"), ("gated", "squares", "state"),
     SSD_SCAN_HOPPER.tactics, hopper.written,
 )
+SSD_SCAN_HOPPER_SCORED = Kernel(
+    "ssd_scan_hopper_scored", None, WALKED, ("length", "chunks"),
+    ("gated", "squares", "relus", "state"), SSD_SCAN_HOPPER.tactics, hopper.written,
+)
 # What a chunk of two heads takes that are walked together, in chunks of one head (H100, 2.7b).
 TWO_HEADS = 1.42
 # What a walk takes where programs share walks: a new head's state and steps are waited for.
@@ -102,7 +106,7 @@ def calls(
     initial_state: Spec | None, n_groups: int, d_state: int, dt_min: float, dt_max: float,
     tactics: Mapping[str, Tactic] | None = None, segments: int | None = None,
     target: int | None = None, multiprocessors: int = MULTIPROCESSORS, scratch: bool = False,
-    gated: bool = False,
+    gated: bool = False, scored: bool = False,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.ssd_scan.op.ssd_scan`.
 
@@ -119,6 +123,8 @@ def calls(
             is y silu(z) with z the first E columns of ``zxbcdt``, and ``squares`` [B, L, H] in
             float32: the sum of its squares over a head, before it is rounded. Rows of padding
             count as others do.
+        scored: where ``gated`` is written, ``relus`` [B, L, H] in float32 too: the mean of
+            max(0, y) over a head, before it is rounded. ``token_importance`` of it is that of y.
 
     Raises:
         ValueError: a sequence whose projection has 2^31 elements or more.
@@ -150,7 +156,7 @@ def calls(
         triton = "ssd_scan" in (tactics or {}) or initial_state is not None
         alike = zxbcdt.dtype == xbc.dtype
         if scratch and target == 90 and not triton and alike and fits_ptx(shapes):
-            return (_walk_in_ptx(shapes, dtypes, limits, tactics, gated),)
+            return (_walk_in_ptx(shapes, dtypes, limits, tactics, gated, scored),)
         return _walk(shapes, dtypes, limits, tactics)
     return _side_by_side(shapes, dtypes, limits, tactics, target)
 
@@ -191,7 +197,8 @@ class _Shapes:
         return Spec((self.batch, self.length, self.heads * self.head_dim), self.dtype)
 
     @property
-    def squares(self) -> Spec:
+    def per_head(self) -> Spec:
+        """A number a token and head."""
         return Spec((self.batch, self.length, self.heads), "fp32")
 
     @property
@@ -259,13 +266,14 @@ def _walk(
 
 def _walk_in_ptx(
     s: _Shapes, dtypes: Mapping[str, str], limits: Mapping[str, float],
-    tactics: Mapping[str, Tactic] | None, gated: bool,
+    tactics: Mapping[str, Tactic] | None, gated: bool, scored: bool,
 ) -> Call:
     """Walks of one or two heads of a sequence, by the kernel in PTX."""
     kernel, outputs = SSD_SCAN_HOPPER, {"y": s.y, "state": s.state}
     if gated and s.columns % 8 == 0:  # rows of z must begin at whole 16 bytes
-        kernel = SSD_SCAN_HOPPER_GATED
-        outputs = {"gated": s.y, "squares": s.squares, "state": s.state}
+        kernel = SSD_SCAN_HOPPER_SCORED if scored else SSD_SCAN_HOPPER_GATED
+        sums = {"squares": s.per_head} | ({"relus": s.per_head} if scored else {})
+        outputs = {"gated": s.y, **sums, "state": s.state}
     scan = choose(kernel, tactics, ptx_tactic(s, kernel))
     if not walk_programs(s.heads, s.groups, scan.blocks):
         scan = kernel.tactics[0]

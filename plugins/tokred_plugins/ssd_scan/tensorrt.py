@@ -18,7 +18,7 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
         specs["pads"], specs.get("initial_state"), int(attributes["n_groups"]),
         int(attributes["d_state"]), float(attributes["dt_min"]), float(attributes["dt_max"]),
         target=attributes.get("target"), multiprocessors=int(known),
-        scratch=bool(attributes.get("scratch", False)), gated=bool(attributes.get("gated", False)),
+        **{name: bool(attributes.get(name, False)) for name in ("scratch", "gated", "scored")},
     )
 
 
@@ -62,6 +62,7 @@ FACE = KernelFace(
         "ssd_scan": Tuning(("HEADS",), scan_grid),
         "ssd_scan_hopper": Tuning(("HEADS", "WALKS"), walk_grid),
         "ssd_scan_hopper_gated": Tuning(("HEADS", "WALKS"), walk_grid),
+        "ssd_scan_hopper_scored": Tuning(("HEADS", "WALKS"), walk_grid),
         "ssd_pass": Tuning(("BLOCK", "AHEAD"), pass_grid),
         "ssd_chunk_scan": Tuning(("ROWS", "HEADS"), chunk_scan_grid),
     },
