@@ -734,11 +734,16 @@ def check_fences(code: str) -> None:
         if line.startswith("fence.proxy.async.shared::cta"):
             pending = False
         assert not (pending and line.startswith("bar.sync"))
-    maps = {line.split("[")[1].split("]")[0] for line in lines if "cp_fenceproxy" in line}
     first = next(i for i, line in enumerate(lines) if ".tile" in line and "cp.async.bulk" in line)
-    got = {line.split("[")[1].split("]")[0] for line in lines[:first]
-           if line.startswith("fence.proxy.tensormap::generic.acquire.gpu")}
-    assert got == maps and "fence.mbarrier_init.release.cluster;" in lines[:first]
+    assert "fence.mbarrier_init.release.cluster;" in lines[:first]
+    roles = code[code.index("bar.sync 0;") :].split("\tbra END;\n")  # each looks for itself
+    used = [set(re.findall(r"cp\.async\.bulk\.tensor.*?\[(map_\w+)", role)) for role in roles]
+    got = [set(re.findall(r"tensormap::generic\.acquire\.gpu \[(\w+)\]", role)) for role in roles]
+    made = set(re.findall(r"tensormap\S*release\S* \[(\w+)\]", code))
+    assert used == got and set().union(*got) == made
+    for role in roles:
+        if "acquire.gpu" in role:
+            assert role.rindex("acquire.gpu") < role.index("cp.async.bulk.tensor")
     ready = False  # registers that threads wrote are fenced before a product takes them
     for line in lines:
         if line.startswith("wgmma.fence"):

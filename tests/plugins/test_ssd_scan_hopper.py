@@ -157,9 +157,9 @@ def test_fences():
     # Nor is z asked for into a place from which results are still read.
     end = code[code.index("wait_group.read 0") :]
     assert end.index("bar.sync") < end.index("[map_z")
-    # Tiles of z come where threads of the first warp made the tensor maps.
-    made = code[code.rindex("tensormap.cp_fenceproxy") : code.index("READY:")]
-    assert "fence.proxy.async.shared::cta;" in made
+    # Tiles of z come where threads made the tensor maps.
+    made = code[code.index("tensormap.cp_fenceproxy") : code.index("PREPARED:")]
+    assert made.count("fence.proxy.async.shared::cta;") == made.count("cp_fenceproxy") == 3
 
 
 @pytest.mark.parametrize("form", FORMS)

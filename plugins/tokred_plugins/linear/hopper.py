@@ -202,26 +202,12 @@ def _prepare(product: Product, name: str) -> Iterator[str]:
     yield "add.u64 map_x, scratch, wide;"
     yield f"add.u64 map_w, map_x, {MAP_BYTES};"
     yield f"add.u64 map_y, map_w, {MAP_BYTES};"
-    yield "setp.ge.u32 p, thread, 32;"
-    yield "@p bra MAPPED;"
-    yield "setp.eq.u32 leads, thread, 0;"
-    narrow = product.block_n // product.blocks
-    inner, columns = product.inner, product.columns
-    for i, (pointer, there, size, box) in enumerate((
-        ("x", "map_x", (inner, "rows"), (DEEP, product.block_m)),
-        ("weight", "map_w", (inner, columns), (DEEP, narrow)),
-        ("y", "map_y", (columns, "rows"), (product.piece, ROWS)),
-    )):
-        yield f"add.u32 at, base, {product.out_at + i * MAP_BYTES};"
-        yield from ptx.tensor_map(pointer, there, size, box, 2 * size[0], product.dtype)
-    yield from ptx.barriers(product.stages, product.groups * product.blocks)
-    yield "MAPPED:"
+    barriers = ptx.barriers(product.stages, product.groups * product.blocks)
+    yield from ptx.prepared([*_maps(product)], barriers)
     if product.blocks > 1:
         yield "barrier.cluster.arrive;"
         yield "barrier.cluster.wait;"
     yield "bar.sync 0;"
-    for there in ("map_x", "map_w", "map_y"):
-        yield f"fence.proxy.tensormap::generic.acquire.gpu [{there}], {MAP_BYTES};"
     # Whole stacks: a tile below the last row is computed on zeros and not stored.
     high = product.blocks * product.block_m
     yield f"add.u32 stacks_m, rows, {high - 1};"
@@ -229,6 +215,18 @@ def _prepare(product: Product, name: str) -> Iterator[str]:
     yield f"mul.lo.u32 stacks, stacks_m, {_tiles_n(product)};"
     yield "mov.u32 stack, %ctaid.x;"
     yield f"div.u32 stack, stack, {product.blocks};"
+
+
+def _maps(product: Product) -> Iterator[list[str]]:
+    narrow = product.block_n // product.blocks
+    inner, columns = product.inner, product.columns
+    for i, (pointer, there, size, box) in enumerate((
+        ("x", "map_x", (inner, "rows"), (DEEP, product.block_m)),
+        ("weight", "map_w", (inner, columns), (DEEP, narrow)),
+        ("y", "map_y", (columns, "rows"), (product.piece, ROWS)),
+    )):
+        made = ptx.tensor_map(pointer, there, size, box, 2 * size[0], product.dtype)
+        yield [f"add.u32 at, base, {product.out_at + i * MAP_BYTES};", *made]
 
 
 def _tiles_n(product: Product) -> int:
@@ -257,6 +255,7 @@ def _ask(product: Product) -> Iterator[str]:
     yield f"setmaxnreg.dec.sync.aligned.u32 {ptx.FEW_REGISTERS};"
     yield "setp.ne.u32 p, thread, 0;"
     yield "@p bra END;"
+    yield from ptx.acquire("map_x", "map_w")
     yield "mov.u32 stage, 0;"
     yield "mov.u32 parity, 1;"  # nothing was ever in a stage: that phase counts as over
     yield f"mov.u16 all, {(1 << product.blocks) - 1};"
@@ -295,6 +294,7 @@ def _multiply(product: Product, group: int) -> Iterator[str]:
     yield f"setmaxnreg.inc.sync.aligned.u32 {ptx.many_registers(product.groups)};"
     yield "and.b32 thread, thread, 127;"
     yield "setp.eq.u32 leads, thread, 0;"
+    yield from ptx.acquire("map_y")
     if product.blocks > 1:
         yield f"setp.lt.u32 signals, thread, {product.blocks};"
     yield "setp.eq.u32 always, zero, 0;"

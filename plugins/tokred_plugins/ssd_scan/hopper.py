@@ -266,31 +266,35 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
     yield f"div.u32 first, pad, {CHUNK};"
     yield "setp.eq.u32 p, rows, 0;"
     yield "@p mov.u32 first, chunks;"
-    yield "setp.ge.u32 p, thread, 32;"
-    yield "@p bra READY;"
-    yield "setp.eq.u32 leads, thread, 0;"
-    yield "mad.lo.u32 u, batch, length, pad;"
+    yield from ptx.prepared([*_maps(walk)], _barriers(walk))
+    yield "bar.sync 0;"
+    yield "mov.u32 chunk, first;"
+    yield "mov.u32 stage, 0;"
+
+
+def _maps(walk: Walk) -> Iterator[list[str]]:
+    """Of the rows from the first that is no padding."""
     box, width = (ptx.DEEP, CHUNK), walk.heads * HEAD_DIM
     maps = [("xbc", "map_x", walk.columns, walk.columns), ("y", "map_y", width, width)]
     if walk.gated:
         maps.append(("zxbcdt", "map_z", width, walk.packed))
     for i, (pointer, there, columns, apart) in enumerate(maps):
-        yield f"mul.wide.u32 offset, u, {2 * apart};"
-        yield f"add.u64 from, {pointer}, offset;"
-        yield f"add.u32 at, base, {walk.out_at + i * ptx.MAP_BYTES};"
         size = (columns, "rows")
-        yield from ptx.tensor_map("from", there, size, box, 2 * apart, walk.dtype)
+        yield [
+            "mad.lo.u32 u, batch, length, pad;",
+            f"mul.wide.u32 offset, u, {2 * apart};",
+            f"add.u64 from, {pointer}, offset;",
+            f"add.u32 at, base, {walk.out_at + i * ptx.MAP_BYTES};",
+            *ptx.tensor_map("from", there, size, box, 2 * apart, walk.dtype),
+            *(["fence.proxy.async.shared::cta;"] if walk.gated else []),  # z comes there
+        ]
+
+
+def _barriers(walk: Walk) -> Iterator[str]:
     if walk.gated:
         for i in range(2 * walk.together):
             yield f"@leads mbarrier.init.shared::cta.b64 [full + {16 * STAGES + 8 * i}], 1;"
-        yield "fence.proxy.async.shared::cta;"  # z comes where the maps were made
     yield from ptx.barriers(STAGES, walk.together, 1 + walk.together)
-    yield "READY:"
-    yield "bar.sync 0;"
-    for _, there, *_ in maps:
-        yield f"fence.proxy.tensormap::generic.acquire.gpu [{there}], {ptx.MAP_BYTES};"
-    yield "mov.u32 chunk, first;"
-    yield "mov.u32 stage, 0;"
 
 
 def _parts(walk: Walk, label: str) -> Iterator[str]:
@@ -355,6 +359,7 @@ def _ask(walk: Walk) -> Iterator[str]:
     yield "@p bra STEPS;"
     yield "setp.ne.u32 p, thread, 0;"
     yield "@p bra ASKED;"
+    yield from ptx.acquire("map_x")
     yield from _parts(walk, "ASK_PART")
     yield "ASK:"
     yield f"setp.ge.u32 p, chunk, {walk.end};"
@@ -530,6 +535,7 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
     yield "setp.eq.u32 leads, thread, 0;"
     yield "setp.eq.u32 always, zero, 0;"
     yield "mov.u32 parity, 0;"
+    yield from ptx.acquire("map_y", *(["map_z"] if walk.gated else []))
     yield from _places()
     yield f"add.u32 copy, base, {copy};"
     yield f"add.u32 out, base, {out};"
