@@ -50,7 +50,6 @@ _PAIRS, _ENDS, _NEARS = CHUNK * 8, CHUNK * 4, CHUNK * 4 * 3
 _STEPS = _PAIRS + _ENDS + _NEARS
 _SERIES = 8  # terms: (1/3)^16 / 17 is 1e-9
 _GATES = 16  # bytes of a head's barriers for z
-_LEAST = -40.0  # below it silu(z) is nothing: two exponents of what is above it can be multiplied
 _COPY = 2 * _TILE  # bytes of the state, rounded: [P, N] in two tiles
 
 
@@ -212,7 +211,7 @@ def _registers(walk: Walk) -> Iterator[str]:
     if walk.gated:
         yield ".reg .b32 gate, gate_parity, place, outs, gated<4>;"
         yield ".reg .b64 squares, map_z;"
-        yield ".reg .f32 silu, upper_squares, lower_squares;"
+        yield ".reg .f32 upper_squares, lower_squares;"
     if walk.scored:
         yield ".reg .b64 relus;"
         yield ".reg .f32 upper_relus, lower_relus;"
@@ -546,6 +545,10 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
         yield "mov.u32 gate_parity, 0;"
     yield from _parts(walk, f"PART{which}")
     yield f"add.u32 head, head, {which};"
+    if walk.gated:
+        for ahead in (0, 1):
+            yield from _ask_for_z(ahead, walk.end)
+            yield "xor.b32 place, place, 1;"
     yield from _of_head("skip", "d", walk.d_dtype)
     for i in range(64):
         yield f"mov.f32 kept{i}, 0f00000000;"
@@ -554,10 +557,6 @@ def _walk(walk: Walk, which: int) -> Iterator[str]:
     yield from _copy_state(walk)
     yield "fence.proxy.async.shared::cta;"
     yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
-    if walk.gated:
-        for ahead in (0, 1):
-            yield from _ask_for_z(ahead, walk.end)
-            yield "xor.b32 place, place, 1;"
     yield f"CHUNK{which}:"
     yield f"setp.ge.u32 p, chunk, {walk.end};"
     yield f"@p bra WALKED{which};"
@@ -749,19 +748,13 @@ def _ask_for_z(ahead: int, end: str) -> Iterator[str]:
     yield f"@p {ptx.LOAD} [at], [map_z, {{column, row}}], [bar];"
 
 
-def _silu_of_two() -> Iterator[str]:
-    """``f`` and ``g``, each z / (1 + exp(-z)), with one division for both."""
-    for z, exponent in (("f", "near"), ("g", "decay")):
-        yield f"max.f32 {exponent}, {z}, {ptx.float_literal(_LEAST)};"
-        yield f"mul.f32 {exponent}, {exponent}, {ptx.float_literal(-math.log2(math.e))};"
-        yield f"ex2.approx.ftz.f32 {exponent}, {exponent};"
-        yield f"add.f32 {exponent}, {exponent}, {ptx.float_literal(1.0)};"
-    yield "mul.f32 silu, near, decay;"
-    yield "rcp.approx.ftz.f32 silu, silu;"
-    yield "mul.f32 f, f, decay;"
-    yield "mul.f32 f, f, silu;"
-    yield "mul.f32 g, g, near;"
-    yield "mul.f32 g, g, silu;"
+def _silu(z: str) -> Iterator[str]:
+    """z / (1 + exp(-z)), in the register of z; far below zero that is z / infinity."""
+    yield f"mul.f32 near, {z}, {ptx.float_literal(-math.log2(math.e))};"
+    yield "ex2.approx.ftz.f32 near, near;"
+    yield f"add.f32 near, near, {ptx.float_literal(1.0)};"
+    yield "rcp.approx.ftz.f32 near, near;"
+    yield f"mul.f32 {z}, {z}, near;"
 
 
 def _gates(dtype: str, which: int) -> Iterator[str]:
@@ -775,8 +768,8 @@ def _gates(dtype: str, which: int) -> Iterator[str]:
         yield f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{regs}}}, [at];"
         for i in range(4):
             yield from _two_floats(f"two{i}", dtype)
-            yield from _silu_of_two()
             for j, gate in enumerate("fg"):
+                yield from _silu(gate)
                 yield f"mov.f32 score{8 * across + 2 * i + j}, {gate};"
 
 
@@ -1052,7 +1045,8 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
             yield f"mul.f32 {y}, {x}, skip;"
         if walk.gated:
             yield from _two_floats(f"gated{i}", walk.dtype)
-            yield from _silu_of_two()
+            yield from _silu("f")
+            yield from _silu("g")
             yield "mov.f32 last, f;"
             for z, y in (("last", "even_weight"), ("g", "odd_weight")):
                 yield from _add_to_sums(walk, y, z, "upper")
