@@ -55,6 +55,13 @@ def test_the_latest_record_of_a_case_counts(tmp_path):
     assert [(r["model"], r["median_ms"]) for r in found] == [("130m", 1.0), ("2.7b", 2.0)]
 
 
+def test_rounded_counts_are_a_case_of_their_own(tmp_path):
+    """Fewer FLOPs may be left than without, and the row says why."""
+    found = write(tmp_path / "r", [record(), record(round_to=64, median_ms=1.9)])
+    lines = results_table.table(found)[-3:-1]
+    assert [line.split("|")[3].strip() for line in lines] == ["30 %", "30 % by 64"]
+
+
 def test_what_failed_parity_says_so(tmp_path):
     """A speed beside wrong numbers must not look like a result."""
     wrong = record(parity={"logits_rel_l2": 0.1, "noise_floor": 1e-3, "wrong": ["logits"]})

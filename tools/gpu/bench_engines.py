@@ -37,6 +37,7 @@ from tokred_export.backends import tensorrt  # noqa: E402
 from tokred_export.backends.common import EngineInfo  # noqa: E402
 from tokred_export.pipeline import Line  # noqa: E402
 from tokred_export.prove import gpu_call  # noqa: E402
+from tokred_export.reduction.flops import achieved_reduction  # noqa: E402
 from tokred_export.runtime import tensorrt_python as python  # noqa: E402
 from tokred_export.runtime.remote import RemoteRunner  # noqa: E402
 from tokred_export.runtime.tensorrt_python import LAUNCHER_FILE  # noqa: E402
@@ -214,6 +215,8 @@ def record(
     found = {
         "model": model, "batch": engine.batch, "length": engine.schedule.length,
         "length_out": engine.schedule.length_out, "flops_reduction": engine.share,
+        "flops_saved": round(achieved_reduction(engine.line.checkpoint.spec, engine.schedule), 5),
+        "round_to": options.round_to if engine.schedule.sites else 1,
         "method": engine.schedule.method, "runtime": f"TensorRT {info.version}",
         "dtype": "float16", "plugins": {"count": info.options["plugins"], **plugins},
         "median_ms": mine.median_ms, "p95_ms": mine.p95_ms, "drift": mine.drift,

@@ -28,10 +28,11 @@ def read_results(path: Path) -> list[dict]:
     for line in path.read_text().splitlines():
         record = json.loads(line)
         key = (record["model"], record["batch"], record["length"], record["flops_reduction"],
-               record["method"], record["runtime"], record["gpu"])
+               record.get("round_to", 1), record["method"], record["runtime"], record["gpu"])
         latest[key] = record
     return sorted(latest.values(), key=lambda r: (r["gpu"], r["runtime"], _size(r["model"]),
-                                                  r["batch"], r["flops_reduction"]))
+                                                  r["batch"], r["flops_reduction"],
+                                                  r.get("round_to", 1)))
 
 
 def _size(model: str) -> float:
@@ -67,13 +68,19 @@ def _row(r: dict) -> str:
     parity = r["parity"]
     wrong = " **outside its gate**" if parity["wrong"] else ""
     cells = (
-        r["model"], str(r["batch"]), f"{100 * r['flops_reduction']:.0f} %",
+        r["model"], str(r["batch"]), _saved(r),
         f"{r['median_ms']:.3f}", eager, graph, f"{r['median_ms'] / r['gemm_floor_ms']:.2f}",
         f"{r['sites_ms'] / r['profile_ms']:.1%}" if r["flops_reduction"] else "",
         memory, f"{parity['logits_rel_l2']:.1e} ({parity['noise_floor']:.1e}){wrong}",
         f"{r['build_s']:.0f}",
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def _saved(r: dict, apart: str = " ") -> str:
+    """What was asked for, and of what kept counts are multiples, if they need be."""
+    by = r.get("round_to", 1)
+    return f"{100 * r['flops_reduction']:.0f} %" + (f"{apart}by {by}" if by > 1 else "")
 
 
 def with_table(readme: str, lines: list[str]) -> str:
@@ -101,7 +108,7 @@ def plot(records: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(cases), figsize=(2.2 * len(cases), 3.2), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
         group = [r for r in timed if (r["gpu"], r["model"], r["batch"]) == case]
-        names = ["graph", *(f"{100 * r['flops_reduction']:.0f} %" for r in group)]
+        names = ["graph", *(_saved(r, "\n") for r in group)]
         values = [group[0]["graph_ms"], *(r["median_ms"] for r in group)]
         colours = ["#999999", *["#2b6cb0"] * len(group)]
         bars = axis.bar(names, values, color=colours)

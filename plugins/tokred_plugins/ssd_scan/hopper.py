@@ -720,6 +720,8 @@ def _chunk(walk: Walk, which: int) -> Iterator[str]:
     yield f"ACROSS{which}:"
     yield from _store_by_threads(walk)
     yield f"STORED{which}:"
+    if walk.gated:
+        yield from _store_sums(walk)
 
     yield "wgmma.wait_group.sync.aligned 0;"
     yield from _copy_state(walk)
@@ -774,31 +776,61 @@ def _gates(dtype: str, which: int) -> Iterator[str]:
 
 
 def _gated(walk: Walk) -> Iterator[str]:
-    """out = out * silu(z), and the sum of squares of each row; before, of what is positive."""
-    sums = _sums(walk)
+    """out = out * silu(z), and this thread's sums of squares; before, of what is positive."""
     for row in ("upper", "lower"):
-        for name in sums:
+        for name in _sums(walk):
             yield f"mov.f32 {row}_{name}, 0f00000000;"
     for i in range(32):
         row = ("upper", "lower")[i // 2 % 2]
         yield from _add_to_sums(walk, f"sum{i}", f"score{i}", row)
+
+
+def _store_sums(walk: Walk) -> Iterator[str]:
+    """What four threads have of the sums of two rows, added up: one shuffle adds a number of each
+    of two threads where another is given away, so that each ends with one number of its own."""
+    yield "and.b32 v, lane, 1;"
+    yield "setp.ne.u32 p, v, 0;"  # the lower row, of both kinds
+    for name in _sums(walk):
+        yield f"selp.f32 f, upper_{name}, lower_{name}, p;"
+        yield f"selp.f32 upper_{name}, lower_{name}, upper_{name}, p;"
+        yield "shfl.sync.bfly.b32 f, f, 1, 31, -1;"
+        yield f"add.f32 upper_{name}, upper_{name}, f;"
+    yield "and.b32 u, lane, 2;"
+    yield "setp.ne.u32 q, u, 0;"  # what is positive, where that is wanted; else the same again
+    given = "upper_squares"
+    if walk.scored:
+        yield f"mul.f32 upper_relus, upper_relus, {ptx.float_literal(1 / HEAD_DIM)};"
+        yield "selp.f32 f, upper_squares, upper_relus, q;"
+        yield "selp.f32 upper_squares, upper_relus, upper_squares, q;"
+        given = "f"
+    yield f"shfl.sync.bfly.b32 f, {given}, 2, 31, -1;"
+    yield "add.f32 upper_squares, upper_squares, f;"
     # The row from the first that is no padding; those before it are huge.
     yield f"mul.lo.u32 row, chunk, {CHUNK};"
     yield "sub.s32 row, row, pad;"
     yield "mad.lo.u32 row, warp, 16, row;"
     yield "shr.u32 t, lane, 2;"
+    yield "mad.lo.u32 t, v, 8, t;"
     yield "add.u32 row, row, t;"
     yield "mad.lo.u32 u, batch, length, pad;"
     yield "add.u32 u, u, row;"
-    yield "and.b32 v, lane, 3;"
-    for which in ("upper", "lower"):
-        for name in sums:
-            yield from ptx.add_up(f"{which}_{name}", 4)
-        yield "setp.eq.u32 p, v, 0;"
-        yield "setp.lt.and.u32 p, row, rows, p;"
-        yield from _store_sums(walk, which)
-        yield "add.u32 row, row, 8;"
-        yield "add.u32 u, u, 8;"
+    yield from _at_sums(walk)
+    yield "setp.lt.u32 p, row, rows;"
+    if walk.scored:
+        yield "selp.b64 wide, relus, squares, q;"
+        yield "add.u64 from, wide, offset;"
+    else:
+        yield "add.u64 from, squares, offset;"
+        yield "and.b32 v, lane, 2;"
+        yield "setp.eq.and.u32 p, v, 0, p;"
+    yield "@p st.global.f32 [from], upper_squares;"
+
+
+def _at_sums(walk: Walk) -> Iterator[str]:
+    """``offset``: of row ``u`` of all, and this head, in [B, L, H] of float32."""
+    yield "mul.wide.u32 offset, head, 4;"
+    yield f"mul.wide.u32 wide, u, {4 * walk.heads};"
+    yield "add.u64 offset, offset, wide;"
 
 
 def _sums(walk: Walk) -> tuple[str, ...]:
@@ -813,18 +845,6 @@ def _add_to_sums(walk: Walk, y: str, gate: str, row: str) -> Iterator[str]:
         yield f"add.f32 {row}_relus, {row}_relus, f;"
     yield f"mul.f32 {y}, {y}, {gate};"
     yield f"fma.rn.f32 {row}_squares, {y}, {y}, {row}_squares;"
-
-
-def _store_sums(walk: Walk, row: str) -> Iterator[str]:
-    """Of row ``u`` of all, if ``p``: [B, L, H], float32; of what is positive the mean."""
-    yield "mul.wide.u32 offset, head, 4;"
-    yield f"mul.wide.u32 wide, u, {4 * walk.heads};"
-    yield "add.u64 offset, offset, wide;"
-    if walk.scored:
-        yield f"mul.f32 {row}_relus, {row}_relus, {ptx.float_literal(1 / HEAD_DIM)};"
-    for name in _sums(walk):
-        yield f"add.u64 from, {name}, offset;"
-        yield f"@p st.global.f32 [from], {row}_{name};"
 
 
 def _two_floats(register: str, dtype: str) -> Iterator[str]:
@@ -1057,7 +1077,12 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
             yield from ptx.add_up(f"upper_{name}", 8)
         yield "and.b32 v, lane, 7;"
         yield "setp.eq.and.u32 p, v, 0, p;"
-        yield from _store_sums(walk, "upper")
+        yield from _at_sums(walk)
+        if walk.scored:
+            yield f"mul.f32 upper_relus, upper_relus, {ptx.float_literal(1 / HEAD_DIM)};"
+        for name in _sums(walk):
+            yield f"add.u64 from, {name}, offset;"
+            yield f"@p st.global.f32 [from], upper_{name};"
     yield "add.u32 row, row, 16;"
     yield f"bra PADDING{which};"
     yield f"PADDED{which}:"
