@@ -7,9 +7,9 @@
 #   products  every tactic of a layer's two products, beside cuBLAS, and of one that divides rows
 #   sanitize  the same tests under compute-sanitizer's memcheck
 #   small     130m, batch 1 and 8, dense and 30 %; the demo model's choices on 500 prompts
-#   middle    780m, batch 1 and 8
-#   large1    2.7b, batch 1
-#   large8    2.7b, batch 8
+#   middle    780m, batch 1 and 8, kept counts multiples of 64
+#   large1    2.7b, batch 1, the same
+#   large8    2.7b, batch 8, the same
 #   memory    130m and 2.7b, batch 8, at 10 and 20 %
 #   ort       ONNX Runtime's CUDA provider on the demo model and on 130m; needs onnxruntime-gpu
 set -euo pipefail
@@ -43,9 +43,9 @@ small)
     "$python" tools/gpu/demo_agreement.py --timing-cache "$cache" --out "$out/demo.json" --work "$work" || failed=$?
     exit "$failed"
     ;;
-middle) bench --models 780m --batches 1 8 ;;
-large1) bench --models 2.7b --batches 1 ;;
-large8) bench --models 2.7b --batches 8 --samples 15 ;;
+middle) bench --models 780m --batches 1 8 --round-to 64 ;;
+large1) bench --models 2.7b --batches 1 --round-to 64 ;;
+large8) bench --models 2.7b --batches 8 --round-to 64 --samples 15 ;;
 memory) bench --models 130m 2.7b --batches 8 --shares 0.1 0.2 --samples 10 ;;
 ort)
     export PYTHONPATH=${TOKRED_ORT_GPU:-}:${PYTHONPATH:-} # before the CPU build of the machine
