@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tokred_plugins import ptx
@@ -113,10 +115,17 @@ class Kernel:
     @property
     def code(self) -> str:
         """Changes with the source of what runs, the functions that it calls included."""
-        sources = [] if self.write is None else [inspect.getmodule(self.write), ptx]
+        sources = [] if self.write is None else [*_modules_of(self.write), ptx]
         written = "".join(map(inspect.getsource, sources))
         compiled = "" if self.fn is None else self.fn.cache_key
         return compiled + hashlib.sha256(written.encode()).hexdigest()
+
+
+def _modules_of(function: Callable) -> list[ModuleType]:
+    """The function's module, and those inside it where it is a package."""
+    name = function.__module__
+    found = [n for n in sys.modules if n == name or n.startswith(f"{name}.")]
+    return [sys.modules[n] for n in sorted(found)]
 
 
 @dataclass(frozen=True)

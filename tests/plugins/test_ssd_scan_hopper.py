@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,8 +28,11 @@ from ptx_machine import (
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from tokred_plugins.aot import SHARED_LIMITS, DoesNotFit, compile_call
-from tokred_plugins.kernels import Spec, cdiv
+from tokred_plugins.kernels import Spec, _modules_of, cdiv
 from tokred_plugins.ssd_scan import hopper, launches
+from tokred_plugins.ssd_scan.hopper.ask import softplus
+from tokred_plugins.ssd_scan.hopper.gate import silu
+from tokred_plugins.ssd_scan.hopper.walk import parts
 from tokred_plugins.ssd_scan.reference import ssd_scan_reference
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -122,26 +126,29 @@ def test_walks_that_nobody_can_share(heads, walks):
 @pytest.mark.parametrize("walks", [3, 5])
 def test_every_part_is_walked_once(heads, walks):
     """By one block, or its halves by two that are a cluster, the first half long before."""
-    if not hopper.can_share(heads, walks):
+    pairs, each = cdiv(heads, walks), walks // 2
+    last = (2 * (each - 1) + 1) * pairs + pairs - 1  # the last whole walk of the last block
+    assert hopper.can_share(heads, walks) == (last < heads)
+    if last >= heads:
         return
     walk = hopper.Walk(heads, 1, "fp16", "fp32", 1, 8 * heads, walks=walks)
-    lines = [*hopper._parts(walk, "PART")][2:]
+    lines = [*parts(walk, "PART")][2:]
     seen, most = [], 0
     for block in range(launches.walk_programs(heads, 1, {"HEADS": 1, "WALKS": walks})):
         first = [n if n != "mov.u32 t, %ctaid.x;" else f"mov.u32 t, {block};" for n in lines]
         given = {"rank": block % 2, "zero": 0, "one": 1, "first": 3, "chunks": 10}
-        index, parts = 0, 1
-        while index < parts:
+        index, count = 0, 1
+        while index < count:
             found = integers(first, {**given, "index": index})
-            parts = found["parts"]
+            count = found["parts"]
             half = found["turn"]
-            assert (half == 1) <= (index == 0) and (half == 2) <= (index == parts - 1)
+            assert (half == 1) <= (index == 0) and (half == 2) <= (index == count - 1)
             expected = {0: (3, 10), 1: (3, 6), 2: (6, 10)}[half]
             assert (found["chunk"], found["until"]) == expected
             assert half == 0 or half == block % 2 + 1
             seen.append((found["head"], half, block // 2 if half else 0))
             index += 1
-        most = max(most, parts)
+        most = max(most, count)
     assert len(seen) == len(set(seen)) and most <= walks // 2 + 1
     whole = {head for head, half, _ in seen if not half}
     first, second = ({(h, pair) for h, half, pair in seen if half == n} for n in (1, 2))
@@ -197,11 +204,18 @@ def test_parameters(form):
     assert names[len(before) :] == [*written, "scratch"]
 
 
+def test_all_of_the_code_counts():
+    """What tactics are kept under changes with every file that the code is written by."""
+    files = Path(hopper.__file__).parent.glob("*.py")
+    found = {Path(module.__file__) for module in _modules_of(hopper.written)}
+    assert found == set(files) and len(found) > 2
+
+
 def test_silu():
     """Of all that 16 bits hold: also where exp(-z) is infinite, or next to it."""
     z = np.float32([*np.linspace(-90, 90, 721), -65504, 65504, -87.5, -88.5, -1e4, 1e4, 0.0])
     for given in np.resize(z, (23, 32)):
-        found = straight([*hopper._silu("f")], {"f": given})["f"]
+        found = straight([*silu("f")], {"f": given})["f"]
         wide = given.astype(float)
         expected = wide / (1 + np.exp(np.minimum(-wide, 700)))
         # Two exponentials' worth of roundings: 2^-24 of |z| log2(e), and what 1 / x is off.
@@ -212,7 +226,7 @@ def test_softplus():
     """Of all that a projection may say: as near as float32 is, also where dt is next to nothing."""
     for x in np.float32([*np.linspace(-80, 80, 641), -1e-3, 1e-3, -1e-6, 0.0]).reshape(-1, 5):
         given = np.resize(x, 32)
-        found = straight([*hopper._softplus("dt0", "raw0")], {"raw0": given})["dt0"]
+        found = straight([*softplus("dt0", "raw0")], {"raw0": given})["dt0"]
         expected = np.logaddexp(0, given.astype(float))
         # An exponent's rounding is 2^-24 of it.
         np.testing.assert_allclose(found, expected, rtol=1e-7 * abs(given).max() + 4e-7)
@@ -289,8 +303,8 @@ def test_run_by_the_machine(
     limit = {"fp16": 4e-4, "bf16": 3.2e-3}[dtype]
     if gated:
         g = expected[0] * F.silu(z[:, :, : heads * 64].double())
-        parts, wholes = (x.view(batch, length, heads, 64) for x in (g, expected[0]))
-        more = (parts.square().sum(3), wholes.relu().mean(3))[:sums]
+        ours, plain = (x.view(batch, length, heads, 64) for x in (g, expected[0]))
+        more = (ours.square().sum(3), plain.relu().mean(3))[:sums]
         expected, found = (g, expected[1], *more), (*found, *(squares, relus)[:sums])
     for got, want in zip(found, expected, strict=True):
         times = 2 if got is squares else 1  # what a square does to an error
