@@ -33,13 +33,13 @@ class Walk:
         dtype: fp16 or bf16, of x, B, C and y.
         d_dtype: fp32, fp16 or bf16, of D.
         together: heads a block of threads walks: 1 or 2, of one group.
-        walks: of two blocks; 2 is one each, an odd number more than one each.
         packed: numbers of a row of the projection, which begins with z and ends with dt; a multiple
             of 8 where z is read.
         gated: the result is times silu(z), and its squares are summed up.
-        scored: gated, and what was positive before is summed up too.
         dt_bias_dtype, a_log_dtype: fp32, fp16 or bf16.
         dt_min, dt_max: limits of dt.
+        walks: of two blocks; 2 is one each, of an odd number both have halves of one.
+        scored: gated, and what was positive before is summed up too.
     """
 
     heads: int
@@ -123,8 +123,8 @@ class Walk:
 
 
 def can_share(of_sequence: int, walks: int) -> bool:
-    """Whether so many walks a sequence may be given to pairs of blocks, so many a pair: 2 is one
-    each; of an odd number each block has as many whole ones."""
+    """Whether pairs of blocks can have so many of a sequence's walks: 2, which is one each, or an
+    odd number of which every block gets as many whole ones as any other."""
     if walks == 2:
         return True
     return walks % 2 == 1 and walks > 2 and (walks - 1) * cdiv(of_sequence, walks) <= of_sequence
