@@ -123,7 +123,9 @@ class Block:
         self.groups = [self.warps[i : i + 4] for i in range(0, warps, 4)]
         self.cluster: list[Block] = [self]
 
-    def view(self, address: int, size: int) -> np.ndarray:
+    def view(self, address: int, size: int, cluster: bool = False) -> np.ndarray:
+        if cluster:
+            return self.cluster[address // CTA_AT].view(address, size)
         assert address // CTA_AT == self.rank, "shared memory of another block"
         at = address % CTA_AT - SHARED_AT
         assert at >= 0 and at + size <= self.shared.size, f"outside of shared memory: {at}"
@@ -343,9 +345,10 @@ def load(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
     targets = ops[0].strip("{}").split(", ")
     size = {"b16": 2}.get(kind, 4) * len(targets)
     addresses = warp.address(ops[1])
+    far = ".shared::cluster" in name
     found = np.zeros((len(targets), 32), np.float32 if kind == "f32" else np.uint64)
     for lane in LANES[active]:
-        raw = warp.block.view(int(addresses[lane]), size) if ".shared" in name else (
+        raw = warp.block.view(int(addresses[lane]), size, far) if ".shared" in name else (
             warp.block.machine.memory.bytes_at(int(addresses[lane]), size))
         found[:, lane] = _typed(raw.copy(), kind)
     for target, values in zip(targets, found, strict=True):
@@ -356,9 +359,10 @@ def store(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None
     sources = [warp.get(o) for o in ops[1].strip("{}").split(", ")]
     addresses = warp.address(ops[0])
     kind = np.float32 if name.endswith("f32") else np.uint32
+    far = ".shared::cluster" in name
     for lane in LANES[active]:
         raw = np.array([s[lane] for s in sources]).astype(kind).view(np.uint8)
-        place = warp.block.view(int(addresses[lane]), raw.size) if ".shared" in name else (
+        place = warp.block.view(int(addresses[lane]), raw.size, far) if ".shared" in name else (
             warp.block.machine.memory.bytes_at(int(addresses[lane]), raw.size))
         place[:] = raw
 

@@ -32,7 +32,7 @@ from tokred_plugins.kernels import Spec, _modules_of, cdiv
 from tokred_plugins.ssd_scan import hopper, launches
 from tokred_plugins.ssd_scan.hopper.ask import softplus
 from tokred_plugins.ssd_scan.hopper.gate import silu
-from tokred_plugins.ssd_scan.hopper.walk import parts
+from tokred_plugins.ssd_scan.hopper.parts import parts
 from tokred_plugins.ssd_scan.reference import ssd_scan_reference
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,15 +60,15 @@ def calls(batch=1, length=200, heads=80, groups=1, states=128, dtype="fp16", **o
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("walks", [2, 5])
-def test_the_assembler_takes_it(walks, form, together, dtype, d_dtype, tmp_path):
+@pytest.mark.parametrize(("walks", "split"), [(2, 1), (5, 1), (2, 5)])
+def test_the_assembler_takes_it(walks, split, form, together, dtype, d_dtype, tmp_path):
     """No spills, and none of the remarks by which it says that products wait for each other."""
     from triton import knobs
 
     d_dtype = dtype if d_dtype == "16 bit" else d_dtype
     walk = hopper.Walk(
         24, 1, dtype, d_dtype, together, 3352, dt_bias_dtype=d_dtype, a_log_dtype=d_dtype,
-        walks=walks, **FORMS[form],
+        walks=walks, split=split, **FORMS[form],
     )
     source = tmp_path / "kernel.ptx"
     source.write_text(hopper.write(walk, "k"))
@@ -81,19 +81,23 @@ def test_the_assembler_takes_it(walks, form, together, dtype, d_dtype, tmp_path)
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("batch", "heads", "together", "walks", "programs"),
+    ("batch", "heads", "length", "together", "walks", "split", "programs"),
     [
-        (1, 80, 1, 2, 80), (8, 24, 2, 2, 12), (8, 16, 1, 2, 16), (3, 40, 1, 2, 40),
+        (1, 80, 200, 1, 2, 1, 80), (8, 24, 200, 2, 2, 1, 12), (8, 16, 200, 1, 2, 1, 16),
+        (3, 40, 200, 1, 2, 1, 40),
         # 320 walks of two heads on 132 multiprocessors: two and a half each, not three.
-        (8, 80, 2, 5, 16), (8, 48, 2, 3, 16), (4, 80, 2, 3, 28),
+        (8, 80, 200, 2, 5, 1, 16), (8, 48, 200, 2, 3, 1, 16), (4, 80, 200, 2, 3, 1, 28),
+        # Few heads, many chunks: pieces, as many as leave no cluster to wait for another.
+        (1, 24, 2048, 1, 2, 4, 96), (1, 32, 2048, 1, 2, 3, 96), (1, 48, 2048, 2, 2, 4, 96),
+        (1, 64, 2048, 1, 2, 2, 128), (1, 24, 128, 1, 2, 1, 24),
     ],
 )
-def test_which_is_launched(batch, heads, together, walks, programs, form):
+def test_which_is_launched(batch, heads, length, together, walks, split, programs, form):
     """One head a program where that fills the GPU or two would leave it idle; a group's heads
-    in pairs; programs share walks where that leaves fewer idle."""
-    (scan,) = calls(batch, heads=heads, **FORMS[form])
+    in pairs; programs share walks where that leaves fewer idle, or have pieces of one."""
+    (scan,) = calls(batch, length, heads=heads, **FORMS[form])
     assert scan.kernel.name == KERNELS[form]
-    assert scan.tactic.blocks == {"HEADS": together, "WALKS": walks}
+    assert scan.tactic.blocks == {"HEADS": together, "WALKS": walks, "SPLIT": split}
     assert scan.grid == (programs, 1)
     compiled = compile_call(scan, 90)
     assert compiled.block == 128 * (together + 1) and compiled.shared <= SHARED_LIMITS[90]
@@ -107,19 +111,61 @@ def test_heads_of_a_group():
     """A tactic asked for that would take heads of two groups is not taken, nor compiled."""
     asked = {"ssd_scan_hopper": launches.SSD_SCAN_HOPPER.tactics[1]}
     (scan,) = calls(heads=75, tactics=asked)
-    assert scan.tactic.blocks == {"HEADS": 1, "WALKS": 2} and scan.grid == (75, 1)
+    assert scan.tactic.blocks == {"HEADS": 1, "WALKS": 2, "SPLIT": 1} and scan.grid == (75, 1)
     with pytest.raises(ValueError, match="2 heads walked together do not divide a group of 75"):
         compile_call(replace(scan, tactic=asked["ssd_scan_hopper"]), 90)
 
 
-@pytest.mark.parametrize(("heads", "walks"), [(80, 4), (80, 1), (6, 5)])
-def test_walks_that_nobody_can_share(heads, walks):
+@pytest.mark.parametrize(
+    ("heads", "walks", "split"), [(80, 4, 1), (80, 1, 1), (6, 5, 1), (80, 3, 2)]
+)
+def test_walks_that_nobody_can_share(heads, walks, split):
     """Four are two each; of one there is no half before another; of two pairs with five walks of
-    six one block would have none."""
+    six one block would have none; and pieces of walks are not shared."""
     (scan,) = calls(heads=heads, segments=1)
-    tactic = replace(scan.tactic, blocks={"HEADS": 1, "WALKS": walks})
+    tactic = replace(scan.tactic, blocks={"HEADS": 1, "WALKS": walks, "SPLIT": split})
+    assert launches.walk_programs(heads, 1, tactic.blocks) == 0
     with pytest.raises(ValueError, match=f"cannot share {walks} of {heads} walks"):
         compile_call(replace(scan, tactic=tactic), 90)
+
+
+@pytest.mark.parametrize(("chunks", "first"), [(32, 0), (10, 3), (3, 0), (3, 2), (5, 5)])
+@pytest.mark.parametrize("split", [2, 3, 4])
+def test_every_chunk_is_in_one_piece(split, chunks, first):
+    """Twice, but for the last block, of whose chunks only results are wanted."""
+    walk = hopper.Walk(6, 2, "fp16", "fp32", 1, 48, split=split)
+    for head in range(6):
+        seen = []
+        for rank in range(split):
+            lines = [
+                line if line != "mov.u32 t, %ctaid.x;" else f"mov.u32 t, {head * split + rank};"
+                for line in [*parts(walk, "PART")][2:]
+            ]
+            given = {"rank": rank, "first": first, "chunks": chunks}
+            adds, writes = (integers(lines, {**given, "index": index}) for index in (0, 1))
+            assert writes["parts"] == 2 and writes["head"] == head and writes["group"] == head // 3
+            expected = writes["chunk"] if rank == split - 1 else writes["until"]
+            assert (adds["chunk"], adds["until"]) == (writes["chunk"], expected)
+            seen += range(writes["chunk"], writes["until"])
+            assert writes["until"] - writes["chunk"] <= cdiv(chunks - first, split)
+        assert seen == [*range(first, chunks)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "gated", "kernel"),
+    [(1, 24, 2048, False, "ssd_scan_hopper"), (1, 24, 64, False, "ssd_scan_hopper"),
+     (1, 8, 2048, False, "ssd_chunk_state"), (1, 8, 8192, True, "ssd_chunk_state"),
+     (1, 8, 512, True, "ssd_scan_hopper_gated"), (8, 8, 8192, False, "ssd_scan_hopper")],
+)
+def test_walks_or_chunks_side_by_side(batch, heads, length, gated, kernel):
+    """Side by side where a few heads' chunks are many; not where a norm would come after it."""
+    assert calls(batch, length, heads=heads, gated=gated)[0].kernel.name == kernel
+
+
+def test_which_pieces_a_smaller_gpu_takes():
+    """Clusters that do not run at the same time take twice as long; one is always possible."""
+    found = [calls(1, 2048, heads=24, multiprocessors=n)[0].tactic.blocks for n in (132, 66, 16, 2)]
+    assert [(b["HEADS"], b["SPLIT"]) for b in found] == [(1, 4), (2, 4), (2, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("heads", range(1, 41))
@@ -134,7 +180,7 @@ def test_every_part_is_walked_once(heads, walks):
     walk = hopper.Walk(heads, 1, "fp16", "fp32", 1, 8 * heads, walks=walks)
     lines = [*parts(walk, "PART")][2:]
     seen, most = [], 0
-    for block in range(launches.walk_programs(heads, 1, {"HEADS": 1, "WALKS": walks})):
+    for block in range(launches.walk_programs(heads, 1, {"HEADS": 1, "WALKS": walks, "SPLIT": 1})):
         first = [n if n != "mov.u32 t, %ctaid.x;" else f"mov.u32 t, {block};" for n in lines]
         given = {"rank": block % 2, "zero": 0, "one": 1, "first": 3, "chunks": 10}
         index, count = 0, 1
@@ -158,8 +204,8 @@ def test_every_part_is_walked_once(heads, walks):
 
 def test_fences():
     """Before what threads wrote is read by others than threads."""
-    for gated in (False, True):
-        code = hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, 3352, gated), "k")
+    for gated, split in ((False, 1), (True, 4), (True, 1)):
+        code = hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, 3352, gated, split=split), "k")
         check_fences(code)
     # Nor is z asked for into a place from which results are still read.
     end = code[code.index("wait_group.read 0") :]
@@ -254,6 +300,11 @@ def bits(tensor):
         (200, 8, 2, [0, 129], 2, "bf16", "fp32", FREE, 3, 2),
         (140, 5, 1, [140, 64], 1, "fp16", "fp32", FREE, 3, 1),
         (65, 10, 1, [3], 2, "fp16", "fp32", FREE, 5, 2),
+        # Pieces of one walk by several blocks: fewer than there are chunks, and more.
+        (200, 1, 1, [70], 1, "fp16", "fp32", FREE, (2, 2), 2),
+        (270, 4, 2, [37, 270], 2, "bf16", "bf16", FREE, (2, 3), 1),
+        (140, 2, 1, [1], 2, "fp16", "fp32", (0.01, 0.5), (2, 4), 2),
+        (330, 1, 1, [0], 1, "bf16", "fp32", FREE, (2, 4), 1),
     ],
 )
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -262,9 +313,11 @@ def test_run_by_the_machine(
     length, heads, groups, pads, together, dtype, d_dtype, limits, walks, sums, order, gated
 ):
     """Against float64: parts of chunks, padding of some, of whole chunks and of all; strong decay,
-    and every row written; walks that two blocks share; sums of squares, or of what is positive too.
+    and every row written; walks that two blocks share, and pieces of one (``walks``: with how many
+    there are); sums of squares, or of what is positive too.
     """
     random = torch.Generator().manual_seed(0)
+    walks, split = walks if isinstance(walks, tuple) else (walks, 1)
     batch, chunks = len(pads), math.ceil(length / 64)
     columns = heads * 64 + 2 * groups * 128
 
@@ -284,18 +337,18 @@ def test_run_by_the_machine(
     packed = z.shape[2]
     walk = hopper.Walk(
         heads, groups, dtype, d_dtype, together, packed, gated, d_dtype, d_dtype, *limits, walks,
-        gated and sums == 2,
+        gated and sums == 2, split,
     )
     y = torch.full((batch, length, heads * 64), torch.nan, dtype=DTYPES[dtype])
     state = torch.full((batch, heads, 64, 128), torch.nan)
-    blocks = {"HEADS": together, "WALKS": walks}
+    blocks = {"HEADS": together, "WALKS": walks, "SPLIT": split}
     grid = (launches.walk_programs(heads, groups, blocks), batch)
     squares, relus = (torch.full((batch, length, heads), torch.nan) for _ in range(2))
     memory = GlobalMemory()
     read = (xbc, z, bias, a_log, d, rows)
     written = (y, *(squares, relus)[: sums if gated else 0], state)
     inputs, outputs = ([memory.add(bits(t)) for t in tensors] for tensors in (read, written))
-    scratch = memory.add(np.zeros(math.prod(grid) * walk.maps * 128, np.uint8))
+    scratch = memory.add(np.full(math.prod(grid) * walk.maps * 128, 0xA5, np.uint8))
     arguments = (*inputs, length, chunks, *outputs, scratch, 0)
     Machine(hopper.write(walk, "k"), grid, walk.shared, memory, arguments, order).run()
     found = torch.from_numpy(to_float(bits(y), KINDS[dtype]).reshape(y.shape)), state

@@ -50,10 +50,11 @@ SSD_SCAN_HOPPER = Kernel(
     "ssd_scan_hopper", None, WALKED, ("length", "chunks"), ("y", "state"),
     tuple(
         Tactic(
-            {"HEADS": heads, "WALKS": walks}, 4 * (heads + 1), hopper.STAGES, since=90, until=90,
-            ptx=True,
+            {"HEADS": heads, "WALKS": walks, "SPLIT": split}, 4 * (heads + 1), hopper.STAGES,
+            since=90, until=90, ptx=True,
         )
-        for walks in (2, 3, 5) for heads in (1, 2)
+        for walks, split in (*((n, 1) for n in (2, 3, 5)), *((2, n) for n in (2, 3, 4)))
+        for heads in (1, 2)
     ),
     hopper.written,
 )
@@ -65,10 +66,14 @@ SSD_SCAN_HOPPER_SCORED = Kernel(
     "ssd_scan_hopper_scored", None, WALKED, ("length", "chunks"),
     ("gated", "squares", "relus", "state"), SSD_SCAN_HOPPER.tactics, hopper.written,
 )
-# What a chunk of two heads takes that are walked together, in chunks of one head (H100, 2.7b).
-TWO_HEADS = 1.42
-# What a walk takes where programs share walks: a new head's state and steps are waited for.
+# Of H100, in what a chunk takes of one head that is walked alone (1.3 us, gated 1.8; README.md):
+# a chunk of so many heads walked together; the same for what it adds to a state alone; and what
+# programs wait that have pieces of one walk.
+CHUNK_TIME, ADD_TIME, EXCHANGE_TIME = {1: 1.0, 2: 1.42}, {1: 0.27, 2: 0.4}, {1: 5.0, 2: 6.5}
+# Where programs share walks: a new head's state and steps are waited for.
 SHARING = 1.03
+# How any walk begins; Triton's chunks side by side, and of each chunk and head; a gated norm.
+WALK_TIME, SIDE_BY_SIDE_TIME, SIDE_BY_SIDE_CHUNK_TIME, NORM_TIME = 2.5, 9.0, 0.016, 4.0
 SSD_CHUNK_STATE = Kernel(
     "ssd_chunk_state", ssd_chunk_state_kernel,
     ("xbc", "zxbcdt", "dt_bias", "a_log", "pads"), ("length", "chunks"), ("steps", "added"),
@@ -114,8 +119,8 @@ def calls(
         xbc, zxbcdt, dt_bias, a_log, d, pads, initial_state: the op's inputs.
         n_groups, d_state, dt_min, dt_max: the op's attributes.
         tactics: kernel name -> tactic, where not the default; the scan's decides the chunk.
-        segments: 1 has one program walk a sequence and head, more has all chunks run side by
-            side; by default whichever is faster with the batch given here.
+        segments: 1 walks sequences and heads, more has all chunks run side by side; by default
+            whichever is faster with the batch given here.
         target: compute capability times ten, for tactics that not every GPU has room for.
         multiprocessors: of the GPU, which programs should fill.
         scratch: whoever launches passes scratch memory: there is a kernel in PTX that wants it.
@@ -149,14 +154,14 @@ def calls(
     if initial_state is not None:
         dtypes["initial_state"] = initial_state.dtype
     limits = {"DT_MIN": dt_min, "DT_MAX": dt_max}
+    triton = "ssd_scan" in (tactics or {}) or initial_state is not None
+    alike = zxbcdt.dtype == xbc.dtype
+    in_ptx = scratch and target == 90 and not triton and alike and fits_ptx(shapes)
     if segments is None:
-        # Where half of the GPU would idle.
-        segments = 2 if 2 * batch * heads < multiprocessors else 1
+        segments = 1 if walks_fill(shapes, in_ptx, gated) else 2
+    if segments == 1 and in_ptx:
+        return (_walk_in_ptx(shapes, dtypes, limits, tactics, gated, scored),)
     if segments == 1:
-        triton = "ssd_scan" in (tactics or {}) or initial_state is not None
-        alike = zxbcdt.dtype == xbc.dtype
-        if scratch and target == 90 and not triton and alike and fits_ptx(shapes):
-            return (_walk_in_ptx(shapes, dtypes, limits, tactics, gated, scored),)
         return _walk(shapes, dtypes, limits, tactics)
     return _side_by_side(shapes, dtypes, limits, tactics, target)
 
@@ -211,6 +216,16 @@ def fits_ptx(s: _Shapes) -> bool:
     return s.dtype != "fp32" and (s.head_dim, s.states) == (hopper.HEAD_DIM, hopper.STATES)
 
 
+def walks_fill(s: _Shapes, in_ptx: bool, gated: bool) -> bool:
+    """Whether walks are done before chunks side by side would be, and a gated norm after them."""
+    if not in_ptx:  # where half of the GPU would idle
+        return 2 * s.batch * s.heads >= s.multiprocessors
+    tactic = ptx_tactic(s, SSD_SCAN_HOPPER)
+    chunks = s.batch * s.heads * cdiv(s.length, hopper.CHUNK) * MULTIPROCESSORS / s.multiprocessors
+    beside = SIDE_BY_SIDE_TIME + SIDE_BY_SIDE_CHUNK_TIME * chunks + NORM_TIME * gated
+    return WALK_TIME + _time_of_walks(s, tactic) <= beside
+
+
 def ptx_tactic(s: _Shapes, kernel: Kernel) -> Tactic:
     """Of ``ssd_scan_hopper``: the one that should be done first; of equals the first."""
     possible = (t for t in kernel.tactics if walk_programs(s.heads, s.groups, t.blocks))
@@ -218,22 +233,29 @@ def ptx_tactic(s: _Shapes, kernel: Kernel) -> Tactic:
 
 
 def _time_of_walks(s: _Shapes, tactic: Tactic) -> float:
-    """In walks of one head, one after the other on a multiprocessor."""
-    heads, walks = tactic.blocks["HEADS"], tactic.blocks["WALKS"]
+    """In chunks of one head, one after the other on a multiprocessor."""
+    heads, walks, split = (tactic.blocks[name] for name in ("HEADS", "WALKS", "SPLIT"))
     programs = s.batch * walk_programs(s.heads, s.groups, tactic.blocks)
-    # Programs that share walks are a cluster, which stays on two neighbours.
-    rounds = cdiv(programs, s.multiprocessors // 2 * 2)
-    each = 1 if walks == 2 else SHARING * walks / 2
-    return rounds * each * (1 if heads == 1 else TWO_HEADS)
+    # Programs of a cluster stay on neighbours, of which some are left over where they are many.
+    clusters = s.multiprocessors // 2 if split < 3 else s.multiprocessors * 9 // (10 * split)
+    if not clusters:
+        return math.inf
+    rounds = cdiv(programs, clusters * max(split, 2))
+    chunks = cdiv(s.length, hopper.CHUNK)
+    if split > 1:
+        each = cdiv(chunks, split) * (CHUNK_TIME[heads] + ADD_TIME[heads]) + EXCHANGE_TIME[heads]
+    else:
+        each = chunks * CHUNK_TIME[heads] * (1 if walks == 2 else SHARING * walks / 2)
+    return rounds * each
 
 
 def walk_programs(heads: int, groups: int, blocks: Mapping[str, int]) -> int:
     """Programs of ``ssd_scan_hopper`` for one sequence; 0 where a tactic is not for it."""
-    together, walks = blocks["HEADS"], blocks["WALKS"]
+    together, walks, split = (blocks[name] for name in ("HEADS", "WALKS", "SPLIT"))
     of_sequence = heads // together
-    if heads // groups % together or not hopper.can_share(of_sequence, walks):
+    if heads // groups % together or not hopper.can_share(of_sequence, walks, split):
         return 0
-    return of_sequence if walks == 2 else 2 * cdiv(of_sequence, walks)
+    return of_sequence * split if walks == 2 else 2 * cdiv(of_sequence, walks)
 
 
 def _walk(

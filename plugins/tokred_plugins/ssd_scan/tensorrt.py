@@ -60,9 +60,9 @@ FACE = KernelFace(
     {
         "ssd_steps": Tuning(("BLOCK",), steps_grid),
         "ssd_scan": Tuning(("HEADS",), scan_grid),
-        "ssd_scan_hopper": Tuning(("HEADS", "WALKS"), walk_grid),
-        "ssd_scan_hopper_gated": Tuning(("HEADS", "WALKS"), walk_grid),
-        "ssd_scan_hopper_scored": Tuning(("HEADS", "WALKS"), walk_grid),
+        "ssd_scan_hopper": Tuning(("HEADS", "WALKS", "SPLIT"), walk_grid),
+        "ssd_scan_hopper_gated": Tuning(("HEADS", "WALKS", "SPLIT"), walk_grid),
+        "ssd_scan_hopper_scored": Tuning(("HEADS", "WALKS", "SPLIT"), walk_grid),
         "ssd_pass": Tuning(("BLOCK", "AHEAD"), pass_grid),
         "ssd_chunk_scan": Tuning(("ROWS", "HEADS"), chunk_scan_grid),
     },

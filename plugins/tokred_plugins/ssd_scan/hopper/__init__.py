@@ -19,6 +19,10 @@ Where walks do not fill the multiprocessors a whole number of times, two blocks 
 odd number of them: one walks the first half of the last one before its own, the other the second
 half after, from the state that the first left as the final one, long before.
 
+Where there are few walks, a cluster of blocks has pieces of one side by side (``split.py``): each
+walks its piece for what it adds to a state of zeros, they tell each other through their shared
+memory, and each walks its piece again from the state that it begins with.
+
 Gated, what is written is out * silu(z), and for each token and head the sum of its squares; scored,
 also the mean of max(0, out). Tiles of z are read two chunks ahead, into the places from which
 results leave, of which there are two then.
@@ -27,7 +31,9 @@ The state stays in float32 in registers, [P, N]; the copy that the next chunk's 
 rounded. Sources: the PTX ISA, 8.6, for the layouts of ``wgmma`` (register fragments, descriptors of
 operands read along and across their rows), ``ldmatrix`` and ``stmatrix``.
 
-    walk.py     a launch's constants, and which parts of walks a block has
+    walk.py     a launch's constants, and where things are in memory
+    parts.py    which parts of walks a block has
+    split.py    what blocks that have pieces of one walk tell each other
     ask.py      the four warps that ask for operands and compute steps
     group.py    the groups that do the rest: a walk's begin, chunks and end
     chunk.py    one chunk of a head
@@ -42,6 +48,7 @@ from tokred_plugins import ptx
 from tokred_plugins.kernels import Call, Written
 from tokred_plugins.ssd_scan.hopper.ask import ask
 from tokred_plugins.ssd_scan.hopper.group import by_group
+from tokred_plugins.ssd_scan.hopper.parts import can_share
 from tokred_plugins.ssd_scan.hopper.walk import (
     CHUNK,
     HEAD_DIM,
@@ -49,7 +56,6 @@ from tokred_plugins.ssd_scan.hopper.walk import (
     STAGES,
     STATES,
     Walk,
-    can_share,
     outputs,
 )
 
@@ -64,10 +70,11 @@ def written(call: Call) -> Written:
             cannot share.
     """
     constants, together = call.constants, call.tactic.blocks["HEADS"]
-    walks = call.tactic.blocks["WALKS"]
-    if not can_share(int(constants["H"]) // together, walks):
+    walks, split = call.tactic.blocks["WALKS"], call.tactic.blocks["SPLIT"]
+    if not can_share(int(constants["H"]) // together, walks, split):
         raise ValueError(
             f"two blocks cannot share {walks} of {int(constants['H']) // together} walks"
+            + (f" in {split} pieces" if split > 1 else "")
         )
     of_group = int(constants["H"]) // int(constants["G"])
     if of_group % together:
@@ -76,7 +83,7 @@ def written(call: Call) -> Written:
         int(constants["H"]), int(constants["G"]), call.inputs["xbc"], call.inputs["d"],
         together, int(constants["Z"]), "gated" in call.outputs, call.inputs["dt_bias"],
         call.inputs["a_log"], float(constants["DT_MIN"]), float(constants["DT_MAX"]),
-        walks, "relus" in call.outputs,
+        walks, "relus" in call.outputs, split,
     )
     name = call.kernel.name
     return Written(write(walk, name), name, walk.shared, walk.maps * ptx.MAP_BYTES)
@@ -91,7 +98,7 @@ def write(walk: Walk, name: str) -> str:
         *((p, "pointer") for p in INPUTS), ("length", "int"), ("chunks", "int"),
         *((p, "pointer") for p in outputs(walk)),
     )
-    return ptx.entry(name, parameters, walk.threads, 2 if walk.shares else 1, lines)
+    return ptx.entry(name, parameters, walk.threads, walk.cluster, lines)
 
 
 def _registers(walk: Walk) -> Iterator[str]:
@@ -103,8 +110,8 @@ def _registers(walk: Walk) -> Iterator[str]:
     if walk.scored:
         yield ".reg .b64 relus;"
         yield ".reg .f32 upper_relus, lower_relus;"
-    if walk.shares:
-        yield ".reg .b32 index, parts, until, rank, turn;"
+    if walk.cluster > 1:
+        yield ".reg .b32 index, parts, until, rank, turn, there, freed;"
     yield ".reg .b32 length, chunks, chunk, batch, pad, first, rows, head, group, warp, held;"
     yield ".reg .b32 to<4>, x_across, x_at, steps_at, copy, out;"
     yield ".reg .b64 xbc, zxbcdt, dt_bias, a_log, d, pads, y, state, scratch, map_x, map_y;"
@@ -134,9 +141,9 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
     yield f"add.u64 map_y, map_x, {ptx.MAP_BYTES};"
     if walk.gated:
         yield f"add.u64 map_z, map_y, {ptx.MAP_BYTES};"
-    yield f"mul.lo.u32 head, head, {walk.together};"
+    yield f"mul.lo.u32 head, head, {walk.together};"  # where a block has parts, each says its own
     yield f"div.u32 group, head, {walk.heads // walk.groups};"
-    if walk.shares:
+    if walk.cluster > 1:
         yield "mov.u32 rank, %cluster_ctarank;"
     yield "mov.u32 base, memory;"
     yield f"add.u32 full, base, {walk.barriers_at};"
@@ -181,4 +188,7 @@ def _barriers(walk: Walk) -> Iterator[str]:
     if walk.gated:
         for i in range(2 * walk.together):
             yield f"@leads mbarrier.init.shared::cta.b64 [full + {16 * STAGES + 8 * i}], 1;"
+    if walk.split > 1 and walk.borrows:
+        at = walk.taken_at - walk.barriers_at
+        yield f"@leads mbarrier.init.shared::cta.b64 [full + {at}], {walk.together};"
     yield from ptx.barriers(STAGES, walk.together, 1 + walk.together)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 
 from tokred_plugins import ptx
+from tokred_plugins.ssd_scan.hopper.parts import next_part, parts
+from tokred_plugins.ssd_scan.hopper.split import others
 from tokred_plugins.ssd_scan.hopper.walk import (
     CHUNK,
     ENDS,
@@ -16,9 +18,7 @@ from tokred_plugins.ssd_scan.hopper.walk import (
     STEPS,
     TILE,
     Walk,
-    next_part,
     of_head,
-    parts,
 )
 
 _SERIES = 8  # terms: (1/3)^16 / 17 is 1e-9
@@ -34,7 +34,9 @@ def ask(walk: Walk) -> Iterator[str]:
     yield "setp.ge.u32 p, thread, 32;"
     yield "@p bra STEPS;"
     yield "setp.ne.u32 p, thread, 0;"
-    yield "@p bra ASKED;"
+    yield f"@p {_idle(walk)};"
+    if walk.split > 1:
+        yield "barrier.cluster.arrive;"
     yield from ptx.acquire("map_x")
     yield from parts(walk, "ASK_PART")
     yield "ASK:"
@@ -44,7 +46,13 @@ def ask(walk: Walk) -> Iterator[str]:
     yield from ptx.wait("bar", "ASK_WAIT")
     yield "mad.lo.u32 bar, stage, 8, full;"
     delivered = (4 + walk.together) * TILE
-    yield f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {delivered};"
+    expect = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar]"
+    if walk.split > 1:  # C is not for what is added to the state
+        yield "setp.eq.u32 p, index, 0;"
+        yield f"@p {expect}, {delivered - 2 * TILE};"
+        yield f"@!p {expect}, {delivered};"
+    else:
+        yield f"{expect}, {delivered};"
     yield f"mad.lo.u32 at, stage, {walk.stage_bytes}, base;"
     yield f"mul.lo.u32 row, chunk, {CHUNK};"
     yield "sub.s32 row, row, pad;"
@@ -52,7 +60,8 @@ def ask(walk: Walk) -> Iterator[str]:
     for matrix in (walk.groups, 0):  # C, then B
         for tile in (0, 64):
             yield f"mad.lo.u32 column, group, {STATES}, {width + matrix * STATES + tile};"
-            yield f"{ptx.LOAD} [at], [map_x, {{column, row}}], [bar];"
+            guard = "@!p " if walk.split > 1 and matrix else ""
+            yield f"{guard}{ptx.LOAD} [at], [map_x, {{column, row}}], [bar];"
             yield f"add.u32 at, at, {TILE};"
     yield f"mul.lo.u32 column, head, {HEAD_DIM};"
     for _ in range(walk.together):
@@ -63,12 +72,18 @@ def ask(walk: Walk) -> Iterator[str]:
     yield "add.u32 chunk, chunk, 1;"
     yield "bra ASK;"
     yield "ASKED_PART:"
+    yield from others(walk, "ASK_TAKEN")
     yield from next_part(walk, "ASK_PART")
     yield "bra ASKED;"
     yield from _compute_steps(walk)
     yield "ASKED:"
-    if walk.shares:
+    if walk.cluster > 1:
         yield "barrier.cluster.wait;"
+
+
+def _idle(walk: Walk) -> str:
+    """What threads do that have nothing to do: a cluster's barrier waits for none that is gone."""
+    return "ret" if walk.split > 1 else "bra ASKED"
 
 
 def _compute_steps(walk: Walk) -> Iterator[str]:
@@ -78,7 +93,9 @@ def _compute_steps(walk: Walk) -> Iterator[str]:
     yield "shr.u32 warp, thread, 5;"
     yield "sub.u32 warp, warp, 1;"
     yield f"setp.ge.u32 p, warp, {walk.together};"
-    yield "@p bra ASKED;"
+    yield f"@p {_idle(walk)};"
+    if walk.split > 1:
+        yield "barrier.cluster.arrive;"
     yield "setp.eq.u32 leads, lane, 0;"
     yield from parts(walk, "STEPS_PART")
     yield "add.u32 head, head, warp;"
@@ -153,6 +170,7 @@ def _compute_steps(walk: Walk) -> Iterator[str]:
     yield "add.u32 chunk, chunk, 1;"
     yield "bra STEP;"
     yield "STEPPED:"
+    yield from others(walk, "STEP_TAKEN")
     yield from next_part(walk, "STEPS_PART")
 
 

@@ -66,17 +66,17 @@ def one_chunk(walk: Walk, which: int) -> Iterator[str]:
     yield "ld.shared.f32 lower, [u + 68];"
     yield f"ld.shared.f32 last, [steps_at + {PAIRS - 4}];"
     yield "mad.lo.u32 steps_at, t, 8, steps_at;"  # of this thread's columns, 4 bytes a token
-    yield from _weighted(dtype)
+    yield from weighted(dtype)
 
     yield "wgmma.wait_group.sync.aligned 1;"
     yield from _mixed(dtype, which)
     yield "wgmma.wait_group.sync.aligned 0;"
     yield from _decayed_and_skipped(dtype)
-    yield from _by_tokens("sum", "mixed", "desc_x", HEAD_DIM, dtype)
+    yield from by_tokens("sum", "mixed", "desc_x", HEAD_DIM, dtype)
     yield "ex2.approx.ftz.f32 f, last;"
     for i in range(64):
         yield f"mul.f32 kept{i}, kept{i}, f;"
-    yield from _by_tokens("kept", "weighted", "desc_n", STATES, dtype)
+    yield from by_tokens("kept", "weighted", "desc_n", STATES, dtype)
     if walk.gated:
         yield from gates(dtype, which)
 
@@ -129,7 +129,7 @@ def _by_columns(name: str, right: str, dtype: str) -> Iterator[str]:
     yield "wgmma.commit_group.sync.aligned;"
 
 
-def _by_tokens(name: str, left: str, right: str, columns: int, dtype: str) -> Iterator[str]:
+def by_tokens(name: str, left: str, right: str, columns: int, dtype: str) -> Iterator[str]:
     """A left operand in registers, of 64 tokens, times one that is read across its rows: begun."""
     kind = ptx.KIND[dtype]
     sums = ", ".join(f"{name}{i}" for i in range(columns // 2))
@@ -144,11 +144,11 @@ def _by_tokens(name: str, left: str, right: str, columns: int, dtype: str) -> It
     yield "wgmma.commit_group.sync.aligned;"
 
 
-def _weighted(dtype: str) -> Iterator[str]:
-    """x turned, each token by what is left of it at the chunk's end: a left operand."""
+def weighted(dtype: str, name: str = "weighted") -> Iterator[str]:
+    """x turned, each token by what is left of it at the chunk's end: a left operand, ``name``."""
     yield "add.u32 at, x_at, x_across;"
     for part in range(CHUNK // 16):
-        regs = ", ".join(f"weighted{4 * part + i}" for i in range(4))
+        regs = ", ".join(f"{name}{4 * part + i}" for i in range(4))
         yield (
             "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 "
             f"{{{regs}}}, [at + {part * 16 * ptx.ROW_BYTES}];"
@@ -157,7 +157,7 @@ def _weighted(dtype: str) -> Iterator[str]:
         yield f"ld.shared.v2.f32 {{even_weight, odd_weight}}, [steps_at + {PAIRS + 32 * pair}];"
         part, second = divmod(pair, 2)
         for i in (0, 1):
-            register = f"weighted{4 * part + 2 * second + i}"
+            register = f"{name}{4 * part + 2 * second + i}"
             yield from two_floats(register, dtype)
             yield "mul.f32 f, f, even_weight;"
             yield "mul.f32 g, g, odd_weight;"

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from tokred_plugins import ptx
 from tokred_plugins.ssd_scan.hopper.chunk import copy_state, one_chunk
 from tokred_plugins.ssd_scan.hopper.gate import add_to_sums, ask_for_z, at_sums, silu, sums
+from tokred_plugins.ssd_scan.hopper.parts import next_part, parts
+from tokred_plugins.ssd_scan.hopper.split import before, between, fresh_state
 from tokred_plugins.ssd_scan.hopper.walk import (
     COPY,
     GATES,
@@ -14,9 +16,7 @@ from tokred_plugins.ssd_scan.hopper.walk import (
     STATES,
     TILE,
     Walk,
-    next_part,
     of_head,
-    parts,
     two_floats,
 )
 
@@ -46,20 +46,25 @@ def by_group(walk: Walk, which: int) -> Iterator[str]:
         yield "mov.u32 outs, out;"
         yield "mov.u32 place, 0;"
         yield "mov.u32 gate_parity, 0;"
-    yield from parts(walk, f"PART{which}")
+    yield from before(walk, which) if walk.split > 1 else parts(walk, f"PART{which}")
     yield f"add.u32 head, head, {which};"
     if walk.gated:
         for ahead in (0, 1):
             yield from ask_for_z(ahead, walk.end)
             yield "xor.b32 place, place, 1;"
     yield from of_head("skip", "d", walk.d_dtype)
-    for i in range(64):
-        yield f"mov.f32 kept{i}, 0f00000000;"
+    if walk.split > 1:
+        yield from between(walk, which)
+    else:
+        yield from fresh_state()
     if walk.shares:
         yield from _take_state(walk, which)
     yield from copy_state(walk)
     yield "fence.proxy.async.shared::cta;"
     yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
+    if walk.split > 1 and walk.borrows:
+        yield f"add.u32 bar, base, {walk.taken_at};"
+        yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
     yield f"CHUNK{which}:"
     yield f"setp.ge.u32 p, chunk, {walk.end};"
     yield f"@p bra WALKED{which};"
@@ -69,15 +74,20 @@ def by_group(walk: Walk, which: int) -> Iterator[str]:
     yield "add.u32 chunk, chunk, 1;"
     yield f"bra CHUNK{which};"
     yield f"WALKED{which}:"
+    if walk.split > 1:  # the last piece ends with the final state
+        yield f"setp.ne.u32 p, rank, {walk.split - 1};"
+        yield f"@p bra LEFT{which};"
     yield from _store_state(walk)
+    if walk.split > 1:
+        yield f"LEFT{which}:"
     if walk.shares:
         yield "setp.eq.u32 p, turn, 1;"
         yield "@p barrier.cluster.arrive;"
         yield "setp.eq.u32 p, turn, 2;"
         yield f"@p bra PADDED{which};"
     yield from _padding(walk, which)
-    yield from next_part(walk, f"PART{which}")
     if walk.shares:
+        yield from next_part(walk, f"PART{which}")
         yield "setp.ne.u32 p, turn, 2;"  # that waited before
         yield "@p barrier.cluster.wait;"
     yield "@leads cp.async.bulk.wait_group 0;"
@@ -150,9 +160,11 @@ def _find_state(walk: Walk) -> Iterator[str]:
 
 
 def _padding(walk: Walk, which: int) -> Iterator[str]:
-    """y of rows of padding: D x, eight columns a thread, sixteen rows at a time."""
+    """y of rows of padding: D x, eight columns a thread, sixteen rows at a time and block."""
     width = walk.heads * HEAD_DIM
     yield "shr.u32 row, thread, 3;"
+    if walk.split > 1:
+        yield "mad.lo.u32 row, rank, 16, row;"
     yield "and.b32 column, thread, 7;"
     yield "shl.b32 column, column, 3;"
     yield f"mad.lo.u32 column, head, {HEAD_DIM}, column;"
@@ -201,6 +213,6 @@ def _padding(walk: Walk, which: int) -> Iterator[str]:
         for name in sums(walk):
             yield f"add.u64 from, {name}, offset;"
             yield f"@p st.global.f32 [from], upper_{name};"
-    yield "add.u32 row, row, 16;"
+    yield f"add.u32 row, row, {16 * walk.split};"
     yield f"bra PADDING{which};"
     yield f"PADDED{which}:"

@@ -1,4 +1,4 @@
-"""What a launch is made for, where things are in shared memory, and what a block walks."""
+"""What a launch is made for, and where things are in memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ PAIRS, ENDS, NEARS = CHUNK * 8, CHUNK * 4, CHUNK * 4 * 3
 STEPS = PAIRS + ENDS + NEARS
 GATES = 16  # bytes of a head's barriers for z
 COPY = 2 * TILE  # bytes of the state, rounded: [P, N] in two tiles
+STATE_BYTES = 4 * HEAD_DIM * STATES
 INPUTS = ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads")
 
 
@@ -40,6 +41,7 @@ class Walk:
         dt_min, dt_max: limits of dt.
         walks: of two blocks; 2 is one each, of an odd number both have halves of one.
         scored: gated, and what was positive before is summed up too.
+        split: blocks that have a part each of one walk, side by side.
     """
 
     heads: int
@@ -55,11 +57,17 @@ class Walk:
     dt_max: float = math.inf
     walks: int = 2
     scored: bool = False
+    split: int = 1
 
     @property
     def shares(self) -> bool:
         """A block has parts of several walks."""
         return self.walks != 2
+
+    @property
+    def cluster(self) -> int:
+        """Blocks that are on the GPU together."""
+        return 2 if self.shares else self.split
 
     @property
     def of_sequence(self) -> int:
@@ -74,7 +82,7 @@ class Walk:
     @property
     def end(self) -> str:
         """The register of the chunk before which a part of a walk ends."""
-        return "until" if self.shares else "chunks"
+        return "until" if self.cluster > 1 else "chunks"
 
     @property
     def maps(self) -> int:
@@ -118,73 +126,36 @@ class Walk:
         return self.barriers_at + 16 * STAGES
 
     @property
-    def shared(self) -> int:
+    def exchange_at(self) -> int:
+        """What a piece adds to each head's state, and the state that it begins with: in room of its
+        own, or, where there is none, in that of the stages."""
+        own = 128 * cdiv(self.gates_at + GATES * self.together, 128)
+        return 0 if self.borrows else own
+
+    @property
+    def borrows(self) -> bool:
+        return self.together > 1
+
+    @property
+    def totals_at(self) -> int:
+        """Each head's decay over a piece, and the barrier of stages that are free again."""
+        if self.split > 1 and not self.borrows:
+            return self.exchange_at + 2 * STATE_BYTES * self.together
         return self.gates_at + (GATES * self.together if self.gated else 0)
 
+    @property
+    def taken_at(self) -> int:
+        return self.totals_at + 8
 
-def can_share(of_sequence: int, walks: int) -> bool:
-    """Whether pairs of blocks can have so many of a sequence's walks: 2, which is one each, or an
-    odd number of which every block gets as many whole ones as any other."""
-    if walks == 2:
-        return True
-    return walks % 2 == 1 and walks > 2 and (walks - 1) * cdiv(of_sequence, walks) <= of_sequence
+    @property
+    def shared(self) -> int:
+        return self.totals_at + (16 if self.split > 1 else 0)
 
 
 def outputs(walk: Walk) -> tuple[str, ...]:
     """Names of what is written, in the entry's order."""
     more = ("squares",) * walk.gated + ("relus",) * walk.scored
     return ("y", *more, "state")
-
-
-def parts(walk: Walk, label: str) -> Iterator[str]:
-    """What this block walks, one part after the other: sets ``head``, ``group``, ``chunk`` and
-    ``until``; ``turn`` is 1 for the first half of a walk, 2 for the second, 0 for a whole one.
-
-    The block of rank 0 begins with the half that the other one ends with.
-    """
-    if not walk.shares:
-        return
-    yield "mov.u32 index, 0;"
-    yield f"{label}:"
-    pairs, whole = walk.pairs, walk.walks // 2
-    yield "mov.u32 t, %ctaid.x;"
-    yield "shr.u32 t, t, 1;"
-    yield f"add.u32 u, t, {2 * whole * pairs};"  # the walk in two halves, if there is one
-    yield f"setp.lt.u32 p, u, {walk.of_sequence};"
-    yield "selp.b32 v, one, zero, p;"
-    yield f"add.u32 parts, v, {whole};"
-    # Which part is a half: the first of rank 0, the last of rank 1.
-    yield "setp.eq.u32 p, rank, 0;"
-    yield f"selp.b32 at, zero, {whole}, p;"
-    yield "setp.eq.u32 q, index, at;"
-    yield "setp.ne.and.u32 q, v, 0, q;"
-    # Neighbours in memory are walked at the same time, by as many blocks as are of one rank.
-    yield "mov.u32 row, index;"
-    yield "@p sub.u32 row, row, v;"
-    yield "mad.lo.u32 row, row, 2, rank;"
-    yield f"mad.lo.u32 row, row, {pairs}, t;"
-    yield "@q mov.u32 row, u;"
-    yield "mov.u32 turn, 0;"
-    yield "@q add.u32 turn, rank, 1;"
-    yield f"mul.lo.u32 head, row, {walk.together};"
-    yield f"div.u32 group, head, {walk.heads // walk.groups};"
-    yield "sub.u32 t, chunks, first;"
-    yield "shr.u32 t, t, 1;"
-    yield "add.u32 t, t, first;"
-    yield "mov.u32 chunk, first;"
-    yield "mov.u32 until, chunks;"
-    yield "setp.eq.u32 p, turn, 1;"
-    yield "@p mov.u32 until, t;"
-    yield "setp.eq.u32 p, turn, 2;"
-    yield "@p mov.u32 chunk, t;"
-
-
-def next_part(walk: Walk, label: str) -> Iterator[str]:
-    """To the label of :func:`parts`, where there is another."""
-    if walk.shares:
-        yield "add.u32 index, index, 1;"
-        yield "setp.lt.u32 p, index, parts;"
-        yield f"@p bra {label};"
 
 
 def of_head(register: str, pointer: str, dtype: str) -> Iterator[str]:
