@@ -79,20 +79,29 @@ def test_the_assembler_takes_it(walks, split, form, together, dtype, d_dtype, tm
     assert not re.search(r"warning|C75\d\d|serializ", done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("form", FORMS)
+# Batch, heads, tokens, whether gated (None: either), then heads and walks of a program (or two that
+# share them), pieces, and programs of a sequence.
+LAUNCHED = [
+    (1, 80, 200, None, 1, 2, 1, 80), (8, 16, 200, None, 1, 2, 1, 16),
+    (3, 40, 200, None, 1, 2, 1, 40), (8, 24, 200, False, 2, 2, 1, 12),
+    # 320 walks of two heads on 132 multiprocessors: two and a half each, not three.
+    (8, 80, 200, None, 2, 5, 1, 16), (8, 48, 200, None, 2, 3, 1, 16),
+    (4, 80, 200, None, 2, 3, 1, 28),
+    # One head with a group that finishes is nearer to two heads without.
+    (8, 24, 200, True, 1, 3, 1, 16), (2, 80, 2048, True, 1, 3, 1, 54),
+    # Few heads, many chunks: pieces, as many as leave no cluster to wait for another.
+    (1, 24, 2048, None, 1, 2, 4, 96), (1, 32, 2048, None, 1, 2, 3, 96),
+    (1, 48, 2048, None, 2, 2, 4, 96), (1, 64, 2048, None, 1, 2, 2, 128),
+    (1, 24, 128, None, 1, 2, 1, 24),
+]
+
+
 @pytest.mark.parametrize(
-    ("batch", "heads", "length", "together", "walks", "split", "programs"),
-    [
-        (1, 80, 200, 1, 2, 1, 80), (8, 24, 200, 2, 2, 1, 12), (8, 16, 200, 1, 2, 1, 16),
-        (3, 40, 200, 1, 2, 1, 40),
-        # 320 walks of two heads on 132 multiprocessors: two and a half each, not three.
-        (8, 80, 200, 2, 5, 1, 16), (8, 48, 200, 2, 3, 1, 16), (4, 80, 200, 2, 3, 1, 28),
-        # Few heads, many chunks: pieces, as many as leave no cluster to wait for another.
-        (1, 24, 2048, 1, 2, 4, 96), (1, 32, 2048, 1, 2, 3, 96), (1, 48, 2048, 2, 2, 4, 96),
-        (1, 64, 2048, 1, 2, 2, 128), (1, 24, 128, 1, 2, 1, 24),
-    ],
+    ("form", "batch", "heads", "length", "together", "walks", "split", "programs"),
+    [(form, *case[:3], *case[4:]) for case in LAUNCHED for form in FORMS
+     if case[3] in (None, form != "plain")],
 )
-def test_which_is_launched(batch, heads, length, together, walks, split, programs, form):
+def test_which_is_launched(form, batch, heads, length, together, walks, split, programs):
     """One head a program where that fills the GPU or two would leave it idle; a group's heads
     in pairs; programs share walks where that leaves fewer idle, or have pieces of one."""
     (scan,) = calls(batch, length, heads=heads, **FORMS[form])
@@ -100,7 +109,7 @@ def test_which_is_launched(batch, heads, length, together, walks, split, program
     assert scan.tactic.blocks == {"HEADS": together, "WALKS": walks, "SPLIT": split}
     assert scan.grid == (programs, 1)
     compiled = compile_call(scan, 90)
-    assert compiled.block == 128 * (together + 1) and compiled.shared <= SHARED_LIMITS[90]
+    assert compiled.block == 32 * scan.tactic.num_warps and compiled.shared <= SHARED_LIMITS[90]
     assert compiled.scratch == (256 if form == "plain" else 384) and compiled.hidden == 1
     for target in (89, 100):
         with pytest.raises(DoesNotFit, match=r"compute capability 9\.0, not"):
@@ -204,8 +213,11 @@ def test_every_part_is_walked_once(heads, walks):
 
 def test_fences():
     """Before what threads wrote is read by others than threads."""
-    for gated, split in ((False, 1), (True, 4), (True, 1)):
-        code = hopper.write(hopper.Walk(24, 1, "fp16", "fp32", 2, 3352, gated, split=split), "k")
+    for heads, gated, split in (
+        (2, False, 1), (1, True, 4), (2, True, 4), (1, False, 2), (2, True, 1)
+    ):
+        walk = hopper.Walk(24, 1, "fp16", "fp32", heads, 3352, gated, split=split)
+        code = hopper.write(walk, "k")
         check_fences(code)
     # Nor is z asked for into a place from which results are still read.
     end = code[code.index("wait_group.read 0") :]

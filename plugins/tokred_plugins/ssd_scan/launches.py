@@ -46,32 +46,37 @@ SSD_SCAN = Kernel(
     ),
 )
 WALKED = ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads")
-SSD_SCAN_HOPPER = Kernel(
-    "ssd_scan_hopper", None, WALKED, ("length", "chunks"), ("y", "state"),
-    tuple(
+
+
+def _walks(gated: bool) -> tuple[Tactic, ...]:
+    """One or two heads; programs with walks of their own, programs that share some, and pieces."""
+    ways = (*((walks, 1) for walks in (2, 3, 5)), *((2, split) for split in (2, 3, 4)))
+    return tuple(
         Tactic(
-            {"HEADS": heads, "WALKS": walks, "SPLIT": split}, 4 * (heads + 1), hopper.STAGES,
-            since=90, until=90, ptx=True,
+            {"HEADS": heads, "WALKS": walks, "SPLIT": split},
+            4 * (1 + heads + (gated and heads == 1)), hopper.STAGES, since=90, until=90, ptx=True,
         )
-        for walks, split in (*((n, 1) for n in (2, 3, 5)), *((2, n) for n in (2, 3, 4)))
-        for heads in (1, 2)
-    ),
+        for walks, split in ways for heads in (1, 2)
+    )
+
+
+SSD_SCAN_HOPPER = Kernel(
+    "ssd_scan_hopper", None, WALKED, ("length", "chunks"), ("y", "state"), _walks(False),
     hopper.written,
 )
 SSD_SCAN_HOPPER_GATED = Kernel(
     "ssd_scan_hopper_gated", None, WALKED, ("length", "chunks"), ("gated", "squares", "state"),
-    SSD_SCAN_HOPPER.tactics, hopper.written,
+    _walks(True), hopper.written,
 )
 SSD_SCAN_HOPPER_SCORED = Kernel(
     "ssd_scan_hopper_scored", None, WALKED, ("length", "chunks"),
-    ("gated", "squares", "relus", "state"), SSD_SCAN_HOPPER.tactics, hopper.written,
+    ("gated", "squares", "relus", "state"), _walks(True), hopper.written,
 )
-# Of H100, in what a chunk takes of one head that is walked alone (1.3 us, gated 1.8; README.md):
-# a chunk of so many heads walked together; the same for what it adds to a state alone; and what
-# programs wait that have pieces of one walk.
-CHUNK_TIME, ADD_TIME, EXCHANGE_TIME = {1: 1.0, 2: 1.42}, {1: 0.27, 2: 0.4}, {1: 5.0, 2: 6.5}
-# Where programs share walks: a new head's state and steps are waited for.
-SHARING = 1.03
+# Of H100, in what a chunk of one head takes (plain 1.3 us, gated 1.5; README.md): of so many heads
+# walked together, plain and gated; what it adds to a state alone; what programs wait that have
+# pieces of a walk; and, where programs share walks, how much longer those are.
+CHUNK_TIME = {False: {1: 1.0, 2: 1.42}, True: {1: 1.0, 2: 1.6}}
+ADD_TIME, EXCHANGE_TIME, SHARING = {1: 0.3, 2: 0.4}, {1: 5.5, 2: 6.5}, 1.03
 # How any walk begins; Triton's chunks side by side, and of each chunk and head; a gated norm.
 WALK_TIME, SIDE_BY_SIDE_TIME, SIDE_BY_SIDE_CHUNK_TIME, NORM_TIME = 2.5, 9.0, 0.016, 4.0
 SSD_CHUNK_STATE = Kernel(
@@ -220,19 +225,23 @@ def walks_fill(s: _Shapes, in_ptx: bool, gated: bool) -> bool:
     """Whether walks are done before chunks side by side would be, and a gated norm after them."""
     if not in_ptx:  # where half of the GPU would idle
         return 2 * s.batch * s.heads >= s.multiprocessors
-    tactic = ptx_tactic(s, SSD_SCAN_HOPPER)
+    walks = min(_time_of_walks(s, tactic, gated) for tactic in _ptx_tactics(s, SSD_SCAN_HOPPER))
     chunks = s.batch * s.heads * cdiv(s.length, hopper.CHUNK) * MULTIPROCESSORS / s.multiprocessors
     beside = SIDE_BY_SIDE_TIME + SIDE_BY_SIDE_CHUNK_TIME * chunks + NORM_TIME * gated
-    return WALK_TIME + _time_of_walks(s, tactic) <= beside
+    return WALK_TIME + walks <= beside
 
 
 def ptx_tactic(s: _Shapes, kernel: Kernel) -> Tactic:
     """Of ``ssd_scan_hopper``: the one that should be done first; of equals the first."""
-    possible = (t for t in kernel.tactics if walk_programs(s.heads, s.groups, t.blocks))
-    return min(possible, key=lambda tactic: _time_of_walks(s, tactic))
+    gated = "gated" in kernel.outputs
+    return min(_ptx_tactics(s, kernel), key=lambda tactic: _time_of_walks(s, tactic, gated))
 
 
-def _time_of_walks(s: _Shapes, tactic: Tactic) -> float:
+def _ptx_tactics(s: _Shapes, kernel: Kernel) -> list[Tactic]:
+    return [t for t in kernel.tactics if walk_programs(s.heads, s.groups, t.blocks)]
+
+
+def _time_of_walks(s: _Shapes, tactic: Tactic, gated: bool) -> float:
     """In chunks of one head, one after the other on a multiprocessor."""
     heads, walks, split = (tactic.blocks[name] for name in ("HEADS", "WALKS", "SPLIT"))
     programs = s.batch * walk_programs(s.heads, s.groups, tactic.blocks)
@@ -242,10 +251,11 @@ def _time_of_walks(s: _Shapes, tactic: Tactic) -> float:
         return math.inf
     rounds = cdiv(programs, clusters * max(split, 2))
     chunks = cdiv(s.length, hopper.CHUNK)
+    of_chunk = CHUNK_TIME[gated][heads]
     if split > 1:
-        each = cdiv(chunks, split) * (CHUNK_TIME[heads] + ADD_TIME[heads]) + EXCHANGE_TIME[heads]
+        each = cdiv(chunks, split) * (of_chunk + ADD_TIME[heads]) + EXCHANGE_TIME[heads]
     else:
-        each = chunks * CHUNK_TIME[heads] * (1 if walks == 2 else SHARING * walks / 2)
+        each = chunks * of_chunk * (1 if walks == 2 else SHARING * walks / 2)
     return rounds * each
 
 

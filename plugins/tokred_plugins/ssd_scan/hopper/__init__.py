@@ -25,7 +25,8 @@ memory, and each walks its piece again from the state that it begins with.
 
 Gated, what is written is out * silu(z), and for each token and head the sum of its squares; scored,
 also the mean of max(0, out). Tiles of z are read two chunks ahead, into the places from which
-results leave, of which there are two then.
+results leave, of which there are two then. Where a block walks one head, that is done by another
+group of warps, while the head's own goes on with the next chunk.
 
 The state stays in float32 in registers, [P, N]; the copy that the next chunk's product reads is
 rounded. Sources: the PTX ISA, 8.6, for the layouts of ``wgmma`` (register fragments, descriptors of
@@ -37,6 +38,7 @@ operands read along and across their rows), ``ldmatrix`` and ``stmatrix``.
     ask.py      the four warps that ask for operands and compute steps
     group.py    the groups that do the rest: a walk's begin, chunks and end
     chunk.py    one chunk of a head
+    finish.py   the group that gates and stores, where one head is walked
     gate.py     what is done of the gated norm
 """
 
@@ -47,6 +49,7 @@ from collections.abc import Iterator
 from tokred_plugins import ptx
 from tokred_plugins.kernels import Call, Written
 from tokred_plugins.ssd_scan.hopper.ask import ask
+from tokred_plugins.ssd_scan.hopper.finish import finish
 from tokred_plugins.ssd_scan.hopper.group import by_group
 from tokred_plugins.ssd_scan.hopper.parts import can_share
 from tokred_plugins.ssd_scan.hopper.walk import (
@@ -92,7 +95,9 @@ def written(call: Call) -> Written:
 def write(walk: Walk, name: str) -> str:
     """The PTX of ``name(xbc, zxbcdt, dt_bias, a_log, d, pads, length, chunks, y, state, scratch,
     profile)``; gated, ``squares`` comes after ``y``, and scored, ``relus`` after that."""
-    work = (by_group(walk, head) for head in range(walk.together))
+    work = [by_group(walk, head) for head in range(walk.together)]
+    if walk.finishes:
+        work.append(finish(walk))
     lines = [*_registers(walk), *_prepare(walk, name), *ptx.roles(ask(walk), work), "ret;"]
     parameters = (
         *((p, "pointer") for p in INPUTS), ("length", "int"), ("chunks", "int"),
@@ -104,7 +109,7 @@ def write(walk: Walk, name: str) -> str:
 def _registers(walk: Walk) -> Iterator[str]:
     yield from ptx.common_registers()
     if walk.gated:
-        yield ".reg .b32 gate, gate_parity, place, outs, gated<4>;"
+        yield ".reg .b32 gate, gate_parity, place, outs, done, gated<4>;"
         yield ".reg .b64 squares, map_z;"
         yield ".reg .f32 upper_squares, lower_squares;"
     if walk.scored:
@@ -148,6 +153,8 @@ def _prepare(walk: Walk, name: str) -> Iterator[str]:
     yield "mov.u32 base, memory;"
     yield f"add.u32 full, base, {walk.barriers_at};"
     yield f"add.u32 empty, full, {8 * STAGES};"
+    if walk.finishes:
+        yield f"add.u32 done, full, {walk.done_at - walk.barriers_at};"
     yield "mov.u32 zero, 0;"
     yield "mov.u32 one, 1;"
     # Rows from the first that is no padding; where there is none, no chunk is walked.
@@ -188,6 +195,9 @@ def _barriers(walk: Walk) -> Iterator[str]:
     if walk.gated:
         for i in range(2 * walk.together):
             yield f"@leads mbarrier.init.shared::cta.b64 [full + {16 * STAGES + 8 * i}], 1;"
+    if walk.finishes:
+        for i in range(STAGES):
+            yield f"@leads mbarrier.init.shared::cta.b64 [done + {8 * i}], 1;"
     if walk.split > 1 and walk.borrows:
         at = walk.taken_at - walk.barriers_at
         yield f"@leads mbarrier.init.shared::cta.b64 [full + {at}], {walk.together};"

@@ -17,6 +17,7 @@ from tokred_plugins.ssd_scan.hopper.walk import (
     ENDS,
     HEAD_DIM,
     PAIRS,
+    QUAD_BYTES,
     STAGES,
     STATES,
     STEPS,
@@ -77,14 +78,36 @@ def one_chunk(walk: Walk, which: int) -> Iterator[str]:
     for i in range(64):
         yield f"mul.f32 kept{i}, kept{i}, f;"
     yield from by_tokens("kept", "weighted", "desc_n", STATES, dtype)
-    if walk.gated:
+    if walk.gated and not walk.finishes:
         yield from gates(dtype, which)
 
     yield "wgmma.wait_group.sync.aligned 1;"
+    if walk.finishes:
+        yield from _hand_over()
+    else:
+        yield from results(walk, which)
+
+    yield "wgmma.wait_group.sync.aligned 0;"
+    yield from copy_state(walk)
+    yield "fence.proxy.async.shared::cta;"
+    if not walk.finishes:
+        yield "@leads cp.async.bulk.wait_group.read 0;"  # the next chunk writes there
+    yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
+    yield f"mad.lo.u32 bar, stage, 8, {'done' if walk.finishes else 'empty'};"
+    yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
+    if walk.gated and not walk.finishes:
+        yield from ask_for_z(2, walk.end)
+        yield from next_place()
+    yield from ptx.next_stage(STAGES)
+
+
+def results(walk: Walk, which: int) -> Iterator[str]:
+    """Sums of a chunk, gated or not, rounded and on their way to memory; labels and the barrier are
+    those of group ``which``."""
     if walk.gated:
         yield from gated_results(walk)
     for i in range(4):
-        yield from _round_and_place("sum", 8 * i, f"to{i}", "out", 0, dtype)
+        yield from _round_and_place("sum", 8 * i, f"to{i}", "out", 0, walk.dtype)
     yield "fence.proxy.async.shared::cta;"
     yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
     yield f"mul.lo.u32 column, head, {HEAD_DIM};"
@@ -101,17 +124,14 @@ def one_chunk(walk: Walk, which: int) -> Iterator[str]:
     if walk.gated:
         yield from store_sums(walk)
 
-    yield "wgmma.wait_group.sync.aligned 0;"
-    yield from copy_state(walk)
-    yield "fence.proxy.async.shared::cta;"
-    yield "@leads cp.async.bulk.wait_group.read 0;"  # the next chunk writes there
-    yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
-    yield "mad.lo.u32 bar, stage, 8, empty;"
-    yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"
-    if walk.gated:
-        yield from ask_for_z(2, walk.end)
-        yield from next_place()
-    yield from ptx.next_stage(STAGES)
+
+def _hand_over() -> Iterator[str]:
+    """Sums of a chunk to the group that finishes it, in the place of C, which is no longer needed:
+    a thread of it has the same places in the matrix as this one."""
+    yield "mad.lo.u32 at, thread, 16, held;"
+    for i in range(8):
+        numbers = ", ".join(f"sum{4 * i + j}" for j in range(4))
+        yield f"st.shared.v4.f32 [at + {QUAD_BYTES * i}], {{{numbers}}};"
 
 
 def _by_columns(name: str, right: str, dtype: str) -> Iterator[str]:

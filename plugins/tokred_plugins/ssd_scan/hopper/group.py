@@ -29,29 +29,15 @@ _STATE_PLACES = [
 
 def by_group(walk: Walk, which: int) -> Iterator[str]:
     """One head, or parts of several, by a group of four warps."""
-    copy = walk.copies_at + which * COPY
-    out = walk.out_at + which * walk.places * TILE
-    yield f"setmaxnreg.inc.sync.aligned.u32 {ptx.many_registers(walk.together)};"
-    yield "and.b32 thread, thread, 127;"
-    yield "shr.u32 warp, thread, 5;"
-    yield "setp.eq.u32 leads, thread, 0;"
-    yield "setp.eq.u32 always, zero, 0;"
-    yield "mov.u32 parity, 0;"
-    yield from ptx.acquire("map_y", *(["map_z"] if walk.gated else []))
-    yield from _places()
-    yield f"add.u32 copy, base, {copy};"
-    yield f"add.u32 out, base, {out};"
-    if walk.gated:
-        yield f"add.u32 gate, base, {walk.gates_at + GATES * which};"
-        yield "mov.u32 outs, out;"
-        yield "mov.u32 place, 0;"
-        yield "mov.u32 gate_parity, 0;"
+    yield from begin(walk, which)
+    yield from places()
+    if not walk.finishes:
+        yield from ptx.acquire("map_y", *(["map_z"] if walk.gated else []))
+    yield f"add.u32 copy, base, {walk.copies_at + which * COPY};"
     yield from before(walk, which) if walk.split > 1 else parts(walk, f"PART{which}")
     yield f"add.u32 head, head, {which};"
-    if walk.gated:
-        for ahead in (0, 1):
-            yield from ask_for_z(ahead, walk.end)
-            yield "xor.b32 place, place, 1;"
+    if walk.gated and not walk.finishes:
+        yield from first_z(walk)
     yield from of_head("skip", "d", walk.d_dtype)
     if walk.split > 1:
         yield from between(walk, which)
@@ -90,10 +76,34 @@ def by_group(walk: Walk, which: int) -> Iterator[str]:
         yield from next_part(walk, f"PART{which}")
         yield "setp.ne.u32 p, turn, 2;"  # that waited before
         yield "@p barrier.cluster.wait;"
-    yield "@leads cp.async.bulk.wait_group 0;"
+    if not walk.finishes:
+        yield "@leads cp.async.bulk.wait_group 0;"
 
 
-def _places() -> Iterator[str]:
+def begin(walk: Walk, which: int) -> Iterator[str]:
+    """What a group needs: who its threads are, from where results leave, and where z comes."""
+    yield f"setmaxnreg.inc.sync.aligned.u32 {ptx.many_registers(walk.groups_of_warps - 1)};"
+    yield "and.b32 thread, thread, 127;"
+    yield "shr.u32 warp, thread, 5;"
+    yield "setp.eq.u32 leads, thread, 0;"
+    yield "setp.eq.u32 always, zero, 0;"
+    yield "mov.u32 parity, 0;"
+    yield f"add.u32 out, base, {walk.out_at + which * walk.places * TILE};"
+    if walk.gated:
+        yield f"add.u32 gate, base, {walk.gates_at + GATES * which};"
+        yield "mov.u32 outs, out;"
+        yield "mov.u32 place, 0;"
+        yield "mov.u32 gate_parity, 0;"
+
+
+def first_z(walk: Walk) -> Iterator[str]:
+    """Of the first two chunks of a part."""
+    for ahead in (0, 1):
+        yield from ask_for_z(ahead, walk.end)
+        yield "xor.b32 place, place, 1;"
+
+
+def places() -> Iterator[str]:
     """Where this thread's rows of eight numbers are in a tile, scattered over its banks.
 
     ``to`` for results and states by stmatrix, and x as sums hold it, from the tile's address;

@@ -20,6 +20,7 @@ from tokred_plugins.ssd_scan.hopper.chunk import by_tokens, weighted
 from tokred_plugins.ssd_scan.hopper.parts import parts, piece
 from tokred_plugins.ssd_scan.hopper.walk import (
     PAIRS,
+    QUAD_BYTES,
     STAGES,
     STATE_BYTES,
     STATES,
@@ -29,7 +30,6 @@ from tokred_plugins.ssd_scan.hopper.walk import (
 )
 
 _QUADS = 16  # of a thread's numbers of the state
-_QUAD_BYTES = 16 * ptx.GROUP_THREADS  # of one for each thread
 # What a thread has room in while no chunk is walked, as quads.
 _ROOM = [f"{name}{i}" for name, count in (("kept", 64), ("score", 32), ("sum", 32))
          for i in range(count)]
@@ -48,13 +48,13 @@ def before(walk: Walk, which: int) -> Iterator[str]:
         yield from _add_chunk(walk, which, left, f"{which}_{half}")
     yield f"bra ADD{which};"
     yield f"ADDED{which}:"
-    yield from _free_stage(which)
+    yield from _free_stage(walk, which)
     if walk.borrows:  # all products have read the stages
         yield f"bar.sync {walk.together + 1}, {ptx.GROUP_THREADS * walk.together};"
     yield from _exchange(walk, which)
     for i in range(_QUADS):
         numbers = ", ".join(f"kept{4 * i + j}" for j in range(4))
-        yield f"st.shared.v4.f32 [at + {_QUAD_BYTES * i}], {{{numbers}}};"
+        yield f"st.shared.v4.f32 [at + {QUAD_BYTES * i}], {{{numbers}}};"
     yield f"@leads st.shared.f32 [base + {walk.totals_at + 4 * which}], total;"
     yield "barrier.cluster.arrive;"
     yield "mov.u32 index, 1;"
@@ -67,9 +67,9 @@ def between(walk: Walk, which: int) -> Iterator[str]:
     shares, last = cdiv(_QUADS, walk.split), walk.split - 1
     yield from _exchange(walk, which)
     yield "mov.u32 held, at;"
-    yield f"mad.lo.u32 at, rank, {_QUAD_BYTES}, at;"
+    yield f"mad.lo.u32 at, rank, {QUAD_BYTES}, at;"
     quads = [_ROOM[4 * i : 4 * i + 4] for i in range(shares * last)]
-    apart = walk.split * _QUAD_BYTES
+    apart = walk.split * QUAD_BYTES
     guards = ["@p " if (share + 1) * walk.split > _QUADS else "" for share in range(shares)]
     yield f"setp.lt.u32 p, rank, {_QUADS - (shares - 1) * walk.split};"
     for of in range(last):
@@ -96,7 +96,7 @@ def between(walk: Walk, which: int) -> Iterator[str]:
     yield "setp.ne.u32 p, rank, 0;"  # the first begins with zeros
     for i in range(_QUADS):
         numbers = ", ".join(f"kept{4 * i + j}" for j in range(4))
-        yield f"@p ld.shared.v4.f32 {{{numbers}}}, [held + {STATE_BYTES + _QUAD_BYTES * i}];"
+        yield f"@p ld.shared.v4.f32 {{{numbers}}}, [held + {STATE_BYTES + QUAD_BYTES * i}];"
 
 
 def fresh_state() -> Iterator[str]:
@@ -128,7 +128,7 @@ def _add_chunk(walk: Walk, which: int, left: str, label: str) -> Iterator[str]:
     yield "mad.lo.u32 steps_at, t, 8, steps_at;"
     yield from weighted(walk.dtype, left)
     yield "add.f32 total, total, last;"
-    yield from _free_stage(which)
+    yield from _free_stage(walk, which)
     yield f"add.u32 u, held, {2 * TILE};"
     yield "bfe.u32 u, u, 4, 14;"
     yield from ptx.descriptor("desc_n", "u", across=TILE)
@@ -141,12 +141,15 @@ def _add_chunk(walk: Walk, which: int, left: str, label: str) -> Iterator[str]:
     yield "add.u32 chunk, chunk, 1;"
 
 
-def _free_stage(which: int) -> Iterator[str]:
+def _free_stage(walk: Walk, which: int) -> Iterator[str]:
     """The one of the product before, if there was one, once all warps have waited for it."""
     yield "wgmma.wait_group.sync.aligned 0;"
     yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
     yield "setp.ne.and.u32 p, freed, 0, leads;"
     yield "@p mbarrier.arrive.shared::cta.b64 _, [freed];"
+    if walk.finishes:  # whose waits count what is in a stage, too
+        at = walk.done_at - walk.barriers_at - 8 * STAGES
+        yield f"@p mbarrier.arrive.shared::cta.b64 _, [freed + {at}];"
 
 
 def _exchange(walk: Walk, which: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ PAIRS, ENDS, NEARS = CHUNK * 8, CHUNK * 4, CHUNK * 4 * 3
 STEPS = PAIRS + ENDS + NEARS
 GATES = 16  # bytes of a head's barriers for z
 COPY = 2 * TILE  # bytes of the state, rounded: [P, N] in two tiles
+QUAD_BYTES = 16 * ptx.GROUP_THREADS  # of four numbers of each thread of a group
 STATE_BYTES = 4 * HEAD_DIM * STATES
 INPUTS = ("xbc", "zxbcdt", "dt_bias", "a_log", "d", "pads")
 
@@ -95,8 +96,18 @@ class Walk:
         return self.heads * HEAD_DIM + 2 * self.groups * STATES
 
     @property
+    def finishes(self) -> bool:
+        """Another group gates results, while the one of a head goes on: where there is room for its
+        registers."""
+        return self.gated and self.together == 1
+
+    @property
+    def groups_of_warps(self) -> int:
+        return 1 + self.together + self.finishes
+
+    @property
     def threads(self) -> int:
-        return ptx.GROUP_THREADS * (self.together + 1)
+        return ptx.GROUP_THREADS * self.groups_of_warps
 
     @property
     def stage_bytes(self) -> int:
@@ -126,30 +137,34 @@ class Walk:
         return self.barriers_at + 16 * STAGES
 
     @property
-    def exchange_at(self) -> int:
-        """What a piece adds to each head's state, and the state that it begins with: in room of its
-        own, or, where there is none, in that of the stages."""
-        own = 128 * cdiv(self.gates_at + GATES * self.together, 128)
-        return 0 if self.borrows else own
-
-    @property
-    def borrows(self) -> bool:
-        return self.together > 1
+    def done_at(self) -> int:
+        """Barriers of stages that hold results: one for each."""
+        return self.gates_at + (GATES * self.together if self.gated else 0)
 
     @property
     def totals_at(self) -> int:
         """Each head's decay over a piece, and the barrier of stages that are free again."""
-        if self.split > 1 and not self.borrows:
-            return self.exchange_at + 2 * STATE_BYTES * self.together
-        return self.gates_at + (GATES * self.together if self.gated else 0)
+        return self.done_at + (8 * STAGES if self.finishes else 0)
 
     @property
     def taken_at(self) -> int:
         return self.totals_at + 8
 
     @property
+    def borrows(self) -> bool:
+        """States that pieces exchange are in the place of stages."""
+        return self.together > 1
+
+    @property
+    def exchange_at(self) -> int:
+        """What a piece adds to each head's state, and the state that it begins with."""
+        return 0 if self.borrows else 128 * cdiv(self.taken_at + 8, 128)
+
+    @property
     def shared(self) -> int:
-        return self.totals_at + (16 if self.split > 1 else 0)
+        if self.split == 1:
+            return self.totals_at
+        return self.taken_at + 8 if self.borrows else self.exchange_at + 2 * STATE_BYTES
 
 
 def outputs(walk: Walk) -> tuple[str, ...]:
