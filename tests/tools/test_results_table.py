@@ -75,6 +75,15 @@ def test_a_case_without_baseline(tmp_path):
     assert "| demo | 1 | 30 % | 2.000 |  |  |" in "\n".join(lines)
 
 
+def test_a_later_record_without_baseline_hides_none(tmp_path):
+    """What was measured against mamba-ssm stays until it is measured again."""
+    alone = record(eager_ms=None, graph_ms=None, mamba_ssm_peak_gb=None, median_ms=1.5)
+    lines = results_table.table(write(tmp_path / "r", [record(), alone]))[-3:-1]
+    assert [line.split("|")[4:7] for line in lines] == [
+        [" 2.000 ", " 20.00 ", " 1.50 "], [" 1.500 ", "  ", "  "],
+    ]
+
+
 def test_only_between_the_marks():
     """The rest of the README stays; without the marks nothing is written."""
     before = f"a\n{results_table.BEGIN}\nold\n{results_table.END}\nb\n"

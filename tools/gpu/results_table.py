@@ -23,12 +23,14 @@ HEAD = (
 
 
 def read_results(path: Path) -> list[dict]:
-    """The latest record of every case, by model size, batch and share."""
+    """The latest record of every case, with mamba-ssm in its run and without, by model size, batch
+    and share."""
     latest = {}
     for line in path.read_text().splitlines():
         record = json.loads(line)
         key = (record["model"], record["batch"], record["length"], record["flops_reduction"],
-               record.get("round_to", 1), record["method"], record["runtime"], record["gpu"])
+               record.get("round_to", 1), record["method"], record["runtime"], record["gpu"],
+               record["graph_ms"] is None)
         latest[key] = record
     return sorted(latest.values(), key=lambda r: (r["gpu"], r["runtime"], _size(r["model"]),
                                                   r["batch"], r["flops_reduction"],
