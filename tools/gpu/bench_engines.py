@@ -159,7 +159,7 @@ def product_shapes(engine: Engine) -> list[tuple[int, int, int]]:
 def run_batch(options: argparse.Namespace, model: str, batch: int) -> Iterator[dict]:
     """All cases of one model and batch."""
     engines: list[Engine] = []
-    parities = {}
+    calls, parities = {}, {}
     for share in options.shares:
         engine = Engine(options, model, batch, share)
         engines.append(engine)
@@ -167,9 +167,13 @@ def run_batch(options: argparse.Namespace, model: str, batch: int) -> Iterator[d
         torch.cuda.empty_cache()
         parities[share] = parity_summary(case)
         say(f"parity {share:g}: {parities[share]}")
-    calls, memory, floors = {}, {}, {}
+        name = f"engine {share:g}"
+        calls[name] = gpu_call(engine.runner, engine.feeds())
+        # No result, but something to know if the machine is taken away before there is one.
+        (alone,) = interleave({name: calls[name]}, 3, 3, 1.0)
+        say(f"{name} alone: {alone.median_ms:.3f} ms")
+    memory, floors = {}, {}
     for engine in engines:
-        calls[f"engine {engine.share:g}"] = gpu_call(engine.runner, engine.feeds())
         floors[engine.share] = floor_of(product_shapes(engine))
     if options.baseline and model != "demo":
         memory["mamba_ssm"] = add_baseline(calls, engines[0])
