@@ -4,9 +4,9 @@ It knows the instructions that they use, as the PTX ISA 8.6 describes them: layo
 ``ldmatrix`` and ``stmatrix``, tensor maps and their patterns, barriers with transactions, named
 barriers, clusters. It is strict where hardware may be lucky: a product reads its operands and
 writes its sums only when it is waited for, a store of the tensor memory accelerator reads only when
-it is waited for, and a load arrives only when nobody can go on without it; warps run in several
-orders. What comes too early shows in the result. Fences are not part of it: everybody sees every
-write at once.
+it is waited for, and a load arrives only when nobody can go on without it, or, in one of the orders
+in which warps run, at once. What comes too early or too late shows in the result. Fences are not
+part of it: everybody sees every write at once.
 """
 
 from __future__ import annotations
@@ -568,7 +568,7 @@ def bulk(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
             block.view(target, size)[:] = block.machine.memory.bytes_at(source, size)
             block.barriers[barrier % CTA_AT].step(size=-size)
 
-        block.machine.loads.append(arrive)
+        block.machine.load(arrive)
         return
     map_register, column, row = re.search(
         r"\[(\w+), \{(\w+), (\w+)\}\]", next(o for o in ops if "{" in o)
@@ -599,7 +599,7 @@ def bulk(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
                 target.view(here, 16)[:] = 0 if place is None else place
             target.barriers[barrier % CTA_AT].step(size=-2 * matrix.box[0] * matrix.box[1])
 
-    block.machine.loads.append(deliver)
+    block.machine.load(deliver)
 
 
 def leave(warp: Warp, name: str, ops: Sequence[str], active: np.ndarray) -> None:
@@ -630,8 +630,9 @@ class Machine:
         shared: bytes of dynamic shared memory.
         memory: what addresses among the arguments mean.
         arguments: of the entry, in order.
-        order: in which warps go on, one of ``ORDERS``: the first first, the last first, or the
-            first of all, which prepares for the others, only when no other can.
+        order: in which warps go on, one of ``ORDERS``: the first first, and loads arrive at once;
+            the last first; or the first of all, which prepares for the others, only when no other
+            can.
     """
 
     def __init__(
@@ -648,6 +649,13 @@ class Machine:
         self.warps = int(re.search(r"\.reqntid (\d+)", head)[1]) // 32
         found = re.search(r"\.reqnctapercluster (\d+)", head)
         self.cluster = int(found[1]) if found else 1
+
+    def load(self, deliver: Callable[[], None]) -> None:
+        """What arrives as late as it may, or at once."""
+        if self.order == "forwards":
+            deliver()
+        else:
+            self.loads.append(deliver)
 
     def run(self) -> None:
         """All blocks; the clusters one after the other, their blocks side by side."""

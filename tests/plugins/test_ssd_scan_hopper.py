@@ -198,8 +198,9 @@ def test_any_shape_has_a_launch(batch, per_group, groups, length, multiprocessor
 
 def test_which_pieces_a_smaller_gpu_takes():
     """Clusters that do not run at the same time take twice as long; one is always possible."""
-    found = [calls(1, 2048, heads=24, multiprocessors=n)[0].tactic.blocks for n in (132, 66, 16, 2)]
-    assert [(b["HEADS"], b["SPLIT"]) for b in found] == [(1, 4), (2, 4), (2, 1), (2, 1)]
+    sizes = (132, 66, 16, 2, 1)
+    found = [calls(1, 2048, heads=24, multiprocessors=n)[0].tactic.blocks for n in sizes]
+    assert [(b["HEADS"], b["SPLIT"]) for b in found] == [(1, 4), (2, 4), (2, 1), (2, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("heads", range(1, 41))
@@ -272,6 +273,9 @@ def test_rows_of_z_that_are_no_whole_16_bytes():
     for form in ("gated", "scored"):
         names = [calls(segments=1, heads=heads, **FORMS[form])[0].kernel.name for heads in (75, 72)]
         assert names == ["ssd_scan_hopper", KERNELS[form]]
+    # Nor is a norm counted as saved.
+    assert calls(8, 512, heads=1, gated=True) == calls(8, 512, heads=1)
+    assert calls(8, 512, heads=1)[0].kernel.name == "ssd_chunk_state"
 
 
 @pytest.mark.parametrize("form", FORMS)

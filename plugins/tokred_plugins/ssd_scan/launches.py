@@ -72,7 +72,7 @@ SSD_SCAN_HOPPER_SCORED = Kernel(
     "ssd_scan_hopper_scored", None, WALKED, ("length", "chunks"),
     ("gated", "squares", "relus", "state"), _walks(True), hopper.written,
 )
-# Of H100, in what a chunk of one head takes (plain 1.3 us, gated 1.5; README.md): of so many heads
+# Of H100, in what a chunk of one head takes (plain 1.4 us, gated 1.5; README.md): of so many heads
 # walked together, plain and gated; what it adds to a state alone; what programs wait that have
 # pieces of a walk; and, where programs share walks, how much longer those are.
 CHUNK_TIME = {False: {1: 1.0, 2: 1.42}, True: {1: 1.0, 2: 1.6}}
@@ -162,6 +162,7 @@ def calls(
     triton = "ssd_scan" in (tactics or {}) or initial_state is not None
     alike = zxbcdt.dtype == xbc.dtype
     in_ptx = scratch and target == 90 and not triton and alike and fits_ptx(shapes)
+    gated = gated and zxbcdt.shape[2] % 8 == 0  # rows of z must begin at whole 16 bytes
     if segments is None:
         segments = 1 if walks_fill(shapes, in_ptx, gated) else 2
     if segments == 1 and in_ptx:
@@ -246,10 +247,13 @@ def _time_of_walks(s: _Shapes, tactic: Tactic, gated: bool) -> float:
     heads, walks, split = (tactic.blocks[name] for name in ("HEADS", "WALKS", "SPLIT"))
     programs = s.batch * walk_programs(s.heads, s.groups, tactic.blocks)
     # Programs of a cluster stay on neighbours, of which some are left over where they are many.
-    clusters = s.multiprocessors // 2 if split < 3 else s.multiprocessors * 9 // (10 * split)
+    blocks = 2 if walks > 2 else split
+    clusters = s.multiprocessors // blocks
+    if blocks > 2:
+        clusters = s.multiprocessors * 9 // (10 * blocks)
     if not clusters:
         return math.inf
-    rounds = cdiv(programs, clusters * max(split, 2))
+    rounds = cdiv(programs, clusters * blocks)
     chunks = cdiv(s.length, hopper.CHUNK)
     of_chunk = CHUNK_TIME[gated][heads]
     if split > 1:
@@ -302,7 +306,7 @@ def _walk_in_ptx(
 ) -> Call:
     """Walks of one or two heads of a sequence, by the kernel in PTX."""
     kernel, outputs = SSD_SCAN_HOPPER, {"y": s.y, "state": s.state}
-    if gated and s.columns % 8 == 0:  # rows of z must begin at whole 16 bytes
+    if gated:
         kernel = SSD_SCAN_HOPPER_SCORED if scored else SSD_SCAN_HOPPER_GATED
         sums = {"squares": s.per_head} | ({"relus": s.per_head} if scored else {})
         outputs = {"gated": s.y, **sums, "state": s.state}

@@ -120,6 +120,9 @@ def results(walk: Walk, which: int) -> Iterator[str]:
     yield f"bra STORED{which};"
     yield f"ACROSS{which}:"
     yield from _store_by_threads(walk)
+    if walk.finishes:  # all have read the tile before z comes there; a head's group does so later
+        yield "fence.proxy.async.shared::cta;"
+        yield f"bar.sync {which + 1}, {ptx.GROUP_THREADS};"
     yield f"STORED{which}:"
     if walk.gated:
         yield from store_sums(walk)
