@@ -146,6 +146,7 @@ class Warp:
         self.registers: dict[str, np.ndarray] = {}
         self.predicates: dict[str, np.ndarray] = {}
         self.waiting: str | None = None
+        self.lags = False  # has come to the cluster's barrier, and not gone on since
         # How often each thread came to the cluster's barrier, and how often it saw all there.
         self.arrived, self.passed = np.zeros(32, int), np.zeros(32, int)
         self.pending: list[list[tuple[str, ...]]] = []
@@ -216,6 +217,9 @@ class Warp:
             if chosen.any():
                 execute(self, line, chosen)
             moved = True
+            if line.name == "barrier.cluster.arrive":
+                self.lags = True  # others may go on before what comes after it
+                return True
         return moved
 
 
@@ -631,8 +635,8 @@ class Machine:
         memory: what addresses among the arguments mean.
         arguments: of the entry, in order.
         order: in which warps go on, one of ``ORDERS``: the first first, and loads arrive at once;
-            the last first; or the first of all, which prepares for the others, only when no other
-            can.
+            the last first; or the first of all, which prepares for the others, and those that have
+            come to a cluster's barrier, only when no other can.
     """
 
     def __init__(
@@ -673,10 +677,11 @@ class Machine:
         while not all(w.done for b in blocks for w in b.warps):
             before = [(w.pc.copy(), w.waiting) for b in blocks for w in b.warps]
             step = -1 if self.order == "backwards" else 1
-            starved = blocks[0].warps[0] if self.order == "starved" and idle < 2 else None
+            starves = self.order == "starved" and idle < 2
             for block in blocks[::step]:
                 for warp in block.warps[::step]:
-                    if warp is not starved:
+                    if not (starves and (warp.lags or warp is blocks[0].warps[0])):
+                        warp.lags = False
                         warp.run()
                 self.release(block)
             everyone = [w for b in blocks for w in b.warps]
