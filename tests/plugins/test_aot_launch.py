@@ -159,11 +159,11 @@ def test_the_scan_in_ptx(length, heads, groups, pads, dtype, tactic):
         triton = launch(plain, values)
         (call,) = scan.calls(*specs, *limits, segments=1, target=90, scratch=True)
         grid = (scan.walk_programs(heads, groups, tactic.blocks), 1)
+        assert grid[0], "a shape that the tactic is not for"
         call = replace(call, tactic=tactic, grid=grid)
         made = launch_ptx(compile_call(call, TARGET), values)
         wide = [x.double() if x.is_floating_point() else x for x in given.values()]
         expected = ssd_scan_reference(*wide, None, groups, 128, 64, 0.0, 1e9)
-        assert grid[0], "a shape that the tactic is not for"
         for name, exact in zip(("y", "state"), expected, strict=True):
             error, other = (
                 (found[name].double() - exact).norm() for found in (made, triton)

@@ -248,9 +248,8 @@ def _time_of_walks(s: _Shapes, tactic: Tactic, gated: bool) -> float:
     programs = s.batch * walk_programs(s.heads, s.groups, tactic.blocks)
     # Programs of a cluster stay on neighbours, of which some are left over where they are many.
     blocks = 2 if walks > 2 else split
-    clusters = s.multiprocessors // blocks
-    if blocks > 2:
-        clusters = s.multiprocessors * 9 // (10 * blocks)
+    whole = s.multiprocessors if blocks < 3 else s.multiprocessors * 9 // 10
+    clusters = whole // blocks
     if not clusters:
         return math.inf
     rounds = cdiv(programs, clusters * blocks)

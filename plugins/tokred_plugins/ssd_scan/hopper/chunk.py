@@ -17,12 +17,12 @@ from tokred_plugins.ssd_scan.hopper.walk import (
     ENDS,
     HEAD_DIM,
     PAIRS,
-    QUAD_BYTES,
     STAGES,
     STATES,
     STEPS,
     TILE,
     Walk,
+    quads,
     two_floats,
 )
 
@@ -132,9 +132,8 @@ def _hand_over() -> Iterator[str]:
     """Sums of a chunk to the group that finishes it, in the place of C, which is no longer needed:
     a thread of it has the same places in the matrix as this one."""
     yield "mad.lo.u32 at, thread, 16, held;"
-    for i in range(8):
-        numbers = ", ".join(f"sum{4 * i + j}" for j in range(4))
-        yield f"st.shared.v4.f32 [at + {QUAD_BYTES * i}], {{{numbers}}};"
+    for place, numbers in quads("sum", 32):
+        yield f"st.shared.v4.f32 [at + {place}], {{{numbers}}};"
 
 
 def _by_columns(name: str, right: str, dtype: str) -> Iterator[str]:

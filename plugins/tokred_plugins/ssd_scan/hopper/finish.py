@@ -13,7 +13,7 @@ from tokred_plugins.ssd_scan.hopper.chunk import results
 from tokred_plugins.ssd_scan.hopper.gate import ask_for_z, gates, next_place
 from tokred_plugins.ssd_scan.hopper.group import begin, first_z, places
 from tokred_plugins.ssd_scan.hopper.parts import next_part, parts, piece
-from tokred_plugins.ssd_scan.hopper.walk import QUAD_BYTES, STAGES, Walk
+from tokred_plugins.ssd_scan.hopper.walk import STAGES, Walk, quads
 
 
 def finish(walk: Walk) -> Iterator[str]:
@@ -62,9 +62,8 @@ def _one_chunk(walk: Walk, which: int) -> Iterator[str]:
     yield from ptx.wait("bar", "FINISH_WAIT")
     yield f"mad.lo.u32 held, stage, {walk.stage_bytes}, base;"
     yield "mad.lo.u32 at, thread, 16, held;"
-    for i in range(8):
-        numbers = ", ".join(f"sum{4 * i + j}" for j in range(4))
-        yield f"ld.shared.v4.f32 {{{numbers}}}, [at + {QUAD_BYTES * i}];"
+    for place, numbers in quads("sum", 32):
+        yield f"ld.shared.v4.f32 {{{numbers}}}, [at + {place}];"
     yield from results(walk, which)
     yield "mad.lo.u32 bar, stage, 8, empty;"  # all have read it: they came to the barrier since
     yield "@leads mbarrier.arrive.shared::cta.b64 _, [bar];"

@@ -27,6 +27,7 @@ from tokred_plugins.ssd_scan.hopper.walk import (
     STEPS,
     TILE,
     Walk,
+    quads,
 )
 
 _QUADS = 16  # of a thread's numbers of the state
@@ -52,9 +53,8 @@ def before(walk: Walk, which: int) -> Iterator[str]:
     if walk.borrows:  # all products have read the stages
         yield f"bar.sync {walk.together + 1}, {ptx.GROUP_THREADS * walk.together};"
     yield from _exchange(walk, which)
-    for i in range(_QUADS):
-        numbers = ", ".join(f"kept{4 * i + j}" for j in range(4))
-        yield f"st.shared.v4.f32 [at + {QUAD_BYTES * i}], {{{numbers}}};"
+    for place, numbers in quads("kept", 4 * _QUADS):
+        yield f"st.shared.v4.f32 [at + {place}], {{{numbers}}};"
     yield f"@leads st.shared.f32 [base + {walk.totals_at + 4 * which}], total;"
     yield "barrier.cluster.arrive;"
     yield "mov.u32 index, 1;"
@@ -68,35 +68,34 @@ def between(walk: Walk, which: int) -> Iterator[str]:
     yield from _exchange(walk, which)
     yield "mov.u32 held, at;"
     yield f"mad.lo.u32 at, rank, {QUAD_BYTES}, at;"
-    quads = [_ROOM[4 * i : 4 * i + 4] for i in range(shares * last)]
+    fours = [_ROOM[4 * i : 4 * i + 4] for i in range(shares * last)]
     apart = walk.split * QUAD_BYTES
     guards = ["@p " if (share + 1) * walk.split > _QUADS else "" for share in range(shares)]
     yield f"setp.lt.u32 p, rank, {_QUADS - (shares - 1) * walk.split};"
     for of in range(last):
         yield f"mapa.shared::cluster.u32 there, at, {of};"
         for share, guard in enumerate(guards):
-            numbers = ", ".join(quads[share * last + of])
+            numbers = ", ".join(fours[share * last + of])
             yield f"{guard}ld.shared::cluster.v4.f32 {{{numbers}}}, [there + {share * apart}];"
     for of in range(1, last):
         yield f"mapa.shared::cluster.u32 there, base, {of};"
         yield f"ld.shared::cluster.f32 f, [there + {walk.totals_at + 4 * which}];"
         yield "ex2.approx.ftz.f32 f, f;"
         for share in range(shares):
-            before_it, now = (quads[share * last + i] for i in (of - 1, of))
+            before_it, now = (fours[share * last + i] for i in (of - 1, of))
             for old, new in zip(before_it, now, strict=True):
                 yield f"fma.rn.f32 {new}, {old}, f, {new};"
     for of in range(last):
         yield f"mapa.shared::cluster.u32 there, at, {of + 1};"
         for share, guard in enumerate(guards):
-            numbers, place = ", ".join(quads[share * last + of]), STATE_BYTES + share * apart
+            numbers, place = ", ".join(fours[share * last + of]), STATE_BYTES + share * apart
             yield f"{guard}st.shared::cluster.v4.f32 [there + {place}], {{{numbers}}};"
     yield "barrier.cluster.arrive;"
     yield from fresh_state()
     yield "barrier.cluster.wait;"
     yield "setp.ne.u32 p, rank, 0;"  # the first begins with zeros
-    for i in range(_QUADS):
-        numbers = ", ".join(f"kept{4 * i + j}" for j in range(4))
-        yield f"@p ld.shared.v4.f32 {{{numbers}}}, [held + {STATE_BYTES + QUAD_BYTES * i}];"
+    for place, numbers in quads("kept", 4 * _QUADS):
+        yield f"@p ld.shared.v4.f32 {{{numbers}}}, [held + {STATE_BYTES + place}];"
 
 
 def fresh_state() -> Iterator[str]:

@@ -173,6 +173,13 @@ def outputs(walk: Walk) -> tuple[str, ...]:
     return ("y", *more, "state")
 
 
+def quads(name: str, count: int) -> Iterator[tuple[int, str]]:
+    """So many registers of a thread by fours, and where each four are from those before on: where
+    the threads of a group lie side by side, none waits for another's bank."""
+    for i in range(count // 4):
+        yield QUAD_BYTES * i, ", ".join(f"{name}{4 * i + j}" for j in range(4))
+
+
 def of_head(register: str, pointer: str, dtype: str) -> Iterator[str]:
     """A number of this head, as float32."""
     yield f"mul.wide.u32 offset, head, {4 if dtype == 'fp32' else 2};"
