@@ -15,7 +15,12 @@ import bench_kernels
 import kernel_shapes
 
 
-@pytest.mark.parametrize("gpu", [None, 86, 90])
+@pytest.mark.parametrize(
+    "gpu",
+    [{}, {"target": 86, "multiprocessors": 84}, {"target": 90, "multiprocessors": 132},
+     {"target": 90, "multiprocessors": 114}],
+    ids=str,
+)
 def test_variants_are_launched(monkeypatch, gpu):
     """With the tactic that is named; the scan's kernels all ways that a GPU has."""
     monkeypatch.setattr(kernel_shapes, "this_gpu", lambda: gpu)
@@ -32,4 +37,17 @@ def test_variants_are_launched(monkeypatch, gpu):
             found.add(name)
     walks = {"ssd_scan_hopper", "ssd_scan_hopper_gated", "ssd_scan_hopper_scored"}
     assert {"ssd_steps", "ssd_scan", "ssd_chunk_scan", "token_reduce_norm"} < found
-    assert found & walks == (walks if gpu == 90 else set())
+    assert found & walks == (walks if gpu.get("target") == 90 else set())
+
+
+def test_launches_are_those_of_the_gpu(monkeypatch):
+    """As an engine's are, whose lowering knows how many multiprocessors there are."""
+    found = []
+    for count in (132, 114):
+        monkeypatch.setattr(
+            kernel_shapes, "this_gpu", lambda n=count: {"target": 90, "multiprocessors": n}
+        )
+        (case,) = kernel_shapes.cases(kernel_shapes.MODELS["2.7b"], 8, 2048, "fp16", {"ssd_scan"})
+        (call,) = bench_kernels.launches(case)
+        found.append(call.tactic.blocks["WALKS"])
+    assert found == [5, 2]

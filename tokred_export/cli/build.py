@@ -25,7 +25,8 @@ from tokred_export.specs import BuildSpec, ReductionSpec
 @reduction_options
 @click.option(
     "--max-batch", default=1, show_default=True, type=click.IntRange(1),
-    help="Largest batch; above 1 the batch is dynamic.",
+    help="Largest batch; above 1 the batch is dynamic, and TensorRT engines are tuned for the "
+    "largest.",
 )
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),

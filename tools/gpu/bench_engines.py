@@ -253,7 +253,8 @@ def profile(options: argparse.Namespace, model: str, engine: Engine) -> dict[str
     kinds = sorted(times.items(), key=lambda item: -item[1])
     file = options.out.with_suffix(".profile.json")
     known = json.loads(file.read_text()) if file.is_file() else {}
-    known[f"{model} batch {engine.batch} {engine.share:g}"] = dict(kinds)
+    by = f" by {options.round_to}" if engine.schedule.sites and options.round_to > 1 else ""
+    known[f"{model} batch {engine.batch} {engine.share:g}{by}"] = dict(kinds)
     file.write_text(json.dumps(known, indent=1))
     say("  " + ", ".join(f"{name[:40]} {ms:.3f}" for name, ms in kinds[:14]))
     return dict(kinds)

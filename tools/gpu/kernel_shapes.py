@@ -99,12 +99,15 @@ class Case:
         return made if isinstance(made, tuple) else (made,)
 
 
-def this_gpu() -> int | None:
-    """Compute capability times ten, where there is a GPU."""
+def this_gpu() -> dict[str, int]:
+    """What launches are chosen for, where there is a GPU: compute capability times ten, and
+    multiprocessors."""
     if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+        return {}
+    gpu = torch.cuda.get_device_properties(0)
+    return {
+        "target": 10 * gpu.major + gpu.minor, "multiprocessors": gpu.multi_processor_count
+    }
 
 
 def size(spec: Spec) -> int:
@@ -172,13 +175,13 @@ def layer_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]
         "ssd_scan",
         {"xbc": x(batch, length, m.channels), "zxbcdt": packed, "dt_bias": wide(m.heads),
          "a_log": wide(m.heads), "d": wide(m.heads), "pads": pads, "initial_state": None},
-        (1, m.states, 256, 0.0, NO_LIMIT), partial(scan.calls, target=this_gpu()), ("y", "state"),
+        (1, m.states, 256, 0.0, NO_LIMIT), partial(scan.calls, **this_gpu()), ("y", "state"),
         operations=rows * (per_token + 2.0 * chunk * m.states),
         needed=rows * (m.channels + m.heads) * two,
     )
     yield plain
-    if this_gpu() == 90 and dtype != "fp32":  # there is a kernel of no other kind
-        gates = partial(scan.calls, target=90, segments=1, scratch=True, gated=True)
+    if this_gpu().get("target") == 90 and dtype != "fp32":  # there is a kernel of no other kind
+        gates = partial(scan.calls, **this_gpu(), segments=1, scratch=True, gated=True)
         gated = replace(  # reads z too
             plain, op="ssd_scan_gated", calls=gates, outputs=("gated", "squares", "state"),
             needed=plain.needed + rows * m.inner * two, plain=gated_scan,
