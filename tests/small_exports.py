@@ -1,4 +1,4 @@
-"""Exported files of two layers for any test that needs a real one, made in two seconds each."""
+"""Exported files of few layers for any test that needs a real one, made in two seconds each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokred_export.specs import ReductionSpec
 
 
 class Case(NamedTuple):
-    """What is exported: two layers, one site after the first."""
+    """What is exported: a site after each layer but the last."""
 
     method: str = "utrc"
     dtype: str = "float32"
@@ -26,6 +26,7 @@ class Case(NamedTuple):
     length: int = 41  # no multiple of any chunk
     tied: bool = True
     groups: int = 1
+    layers: int = 2
     published: bool = False  # 8 heads of 64 and states of 128, as the published models have
 
 
@@ -34,11 +35,12 @@ def export(folder: Path, case: Case) -> Path:
     heads = {"headdim": 64, "d_state": 128} if case.published else {}
     width = {"d_model": 256} if case.published else {}
     write_mamba_ssm(
-        folder, n_layer=2, tie_embeddings=case.tied, ssm_cfg={"ngroups": case.groups, **heads},
-        **width,
+        folder, n_layer=case.layers, tie_embeddings=case.tied,
+        ssm_cfg={"ngroups": case.groups, **heads}, **width,
     )
     checkpoint = load_checkpoint(str(folder))
-    asked = ReductionSpec(method=case.method, keep_ratio=0.75, sites=(0,))
+    sites = tuple(range(case.layers - 1))
+    asked = ReductionSpec(method=case.method, keep_ratio=0.75, sites=sites)
     schedule = solve_schedule(checkpoint.spec, asked, case.length)
     model = build_model(checkpoint, schedule, dtype=case.dtype, logits=case.logits)
     export_prefill(model, case.length, case.max_batch, folder / "graph.onnx")

@@ -44,6 +44,7 @@ CASES = {
     "utrc": Case(),
     "utrc-half-untied": Case(dtype="float16", tied=False),
     "utrc-open-untied": Case(max_batch=3, tied=False),
+    "utrc-sites-open": Case(layers=4, max_batch=3),
     "dense-long": Case("none", length=260, groups=2),
     "evit-all-open": Case("evit", logits="all", max_batch=2),
     "pumer-half-open": Case("pumer", dtype="float16", max_batch=4),
@@ -115,6 +116,7 @@ def expected_launches(graph, batch, form):
     # The norm after a site is the site's own.
     merged = {n.input[0]: n for n in graph.node if n.op_type == "AddRmsNorm"}
     sites = {n.output[0] for n in graph.node if n.op_type == "TokenReduce"}
+    paddings = iter([n.input[3] for n in graph.node if n.op_type == "CausalConv1dSilu"][1:])
     taken = set()
     for node in graph.node:
         given_attributes, results = attributes(node) | {"target": SM}, node.output
@@ -140,6 +142,8 @@ def expected_launches(graph, batch, form):
             given_attributes["eps"] = attributes(norm)["eps"]
             edges, extra = [*edges, norm.input[2]], ("weight",)
             names, results = ("normed", "residual_out"), norm.output
+        elif node.op_type == "TokenLink":  # and the padding that the layer after it sees
+            names, results = (*names, "left"), [*results, next(paddings)]
         place = dict(zip((*face.inputs, *extra), edges, strict=False))
         given = {
             name: specs[edge] if edge in specs else turned(specs[edge.removesuffix(".turned")])
@@ -195,10 +199,11 @@ def test_every_op_becomes_its_launches(lowered, name, form):
     ]
     kernels = Counter(call.kernel.name for _, call, _, _ in expected)
     own = {kernel: n for kernel, n in kernels.items() if not kernel.startswith("linear")}
-    assert own == found.counts and found.counts["ssd_chunk_scan"] == 2
+    assert own == found.counts and found.counts["ssd_chunk_scan"] == found.case.layers
     if form == "launcher":  # projections, the last of one token, and the head
-        many = found.case.logits == "all"
-        assert (kernels["linear"], kernels["linear_few"]) == ((5, 0) if many else (3, 2))
+        products = 2 * found.case.layers + 1
+        few = 0 if found.case.logits == "all" else 2
+        assert (kernels["linear"], kernels["linear_few"]) == (products - few, few)
     shapes = {
         v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]
         for v in (*graph.input, *graph.output, *graph.value_info)
@@ -433,6 +438,64 @@ def test_what_a_gated_norm_adds_to_its_squares(tmp_path):
     assert "0f3E400000" in attributes(product)["ptx"]  # 0.1875
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["utrc-half-untied", "utrc-sites-open"])
+def test_padding_after_sites(lowered, name, form):
+    """What links says it: of the graph's own nodes those are left that say where the prompt and
+    the kept positions begin."""
+    found = lowered(name)
+    sites = found.case.layers - 1
+    for file, more in ((found.source, sites), (getattr(found, form), 0)):
+        kinds = Counter(node.op_type for node in onnx.load(file).graph.node)
+        assert (kinds["Sub"], kinds["Max"]) == (2 + more, 1 + more)
+
+
+def another(index, number):
+    """The padding after a site is computed with another number."""
+
+    def change(graph):
+        floor = find(graph, "Max")
+        difference = next(n for n in graph.node if n.output[0] == floor.input[0])
+        node = (difference, floor)[index]
+        graph.initializer.append(numpy_helper.from_array(np.array(number, np.int32), "number"))
+        node.input[1] = "number"
+
+    return change
+
+
+def of_another(graph):
+    """It is that of something else."""
+    difference = next(n for n in graph.node if n.output[0] == find(graph, "Max").input[0])
+    difference.input[0] = "prompt_len"
+
+
+def read_before(graph):
+    """A node before the site reads it too."""
+    nodes = [n for n in graph.node if find(graph, "Max").input[0] in n.output]
+    nodes.append(find(graph, "Max"))
+    find(graph, "TokenSplit").input[1] = nodes[-1].output[0]
+    for node in nodes:
+        graph.node.remove(node)
+    for node in reversed(nodes):
+        graph.node.insert(1, node)
+
+
+@pytest.mark.parametrize(
+    "change", [another(0, 9), another(1, 1), of_another, read_before],
+    ids=["other tokens", "another floor", "of another", "read before"],
+)
+def test_padding_that_stays_with_the_graph(tmp_path, change):
+    """Where it is not what the kernel says, or is wanted earlier."""
+    source = export(tmp_path, Case())
+    model = onnx.load(source)
+    change(model.graph)
+    onnx.save(model, source)
+    with compiling_once():
+        lower(source, tmp_path / "kernels.onnx", "quick", SM)
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "kernels.onnx").graph.node)
+    assert (kinds["Sub"], kinds["Max"]) == (3, 2)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("form", FORMS)
 def test_norms_that_stay_apart_from_their_site(tmp_path, form, index):
@@ -532,6 +595,8 @@ RUNS = [
     ("dense-long", "launcher", (250,)),
     ("evit-all-open", "quick", (12, 41)),
     ("pumer", "launcher", (40,)),
+    ("utrc-sites-open", "launcher", (41, 30, 3)),
+    ("utrc-sites-open", "quick", (36, 41)),
 ]
 
 

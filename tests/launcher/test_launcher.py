@@ -238,7 +238,7 @@ def test_shapes_and_formats(stage, fields, name):
     types = [DATA_TYPES[t] for t in (*inputs, *(dtype for dtype, *_ in outputs))]
     assert played.said == [
         "made",
-        *(f"dims batch {' '.join(map(str, dims))} type {DATA_TYPES[dtype]}"
+        *(" ".join(map(str, ("dims", "batch", *dims, "type", DATA_TYPES[dtype])))
           for dtype, *dims in outputs),
         *(f"takes {t}/0" for t in types),
     ]

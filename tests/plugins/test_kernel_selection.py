@@ -92,6 +92,7 @@ def link_by(similarity, target, lower, upper, pads, removed, permille, by=None):
     for name, want in zip(("src", "dst", "merge", "keep"), expected, strict=True):
         assert made[name].dtype == want.dtype
         assert torch.equal(made[name].cpu(), want), name
+    assert made["left"].tolist() == [max(n - removed, 0) for n in pads.tolist()]
 
 
 def a_split(seed, batch, n_lower, n_upper):

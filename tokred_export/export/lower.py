@@ -12,6 +12,9 @@ Two forms of the same graph come out:
                has gated, and its constant holds the norm's weight. Importance that is asked for
                of the scan's y is then that of its heads' means
 
+In both the norm after a reduction site is part of the kernel that merges, and the padding that is
+left after it is said by the kernel that links.
+
 No function bodies are left: a TensorRT that lacks the plugin refuses the file instead of
 quietly running something slower.
 """
@@ -88,6 +91,7 @@ def lower(
     # Elsewhere products are TensorRT's.
     joins = _joins(model.graph, scored) if form == "launcher" else {}
     after_sites = _norms_after_sites(model.graph)
+    left = _pads_after_sites(model.graph)
     norms = after_sites | {scan: join.norm for scan, join in joins.items()}
     done, scales = {*scored.values(), *after_sites.values()}, {}
     for node in list(model.graph):
@@ -95,7 +99,7 @@ def lower(
             continue
         join, norm = joins.get(node), norms.get(node)
         scores = scored.get(node if join is None else norm)
-        calls, values = _replace(model.graph, node, write, batch, gpu, scores, norm)
+        calls, values = _replace(model.graph, node, write, batch, gpu, scores, norm, left.get(node))
         counts.update(call.kernel.name for call in calls)
         if "gated" in values:
             done.add(norm)
@@ -223,6 +227,37 @@ def _norms_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
     return found
 
 
+def _pads_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Value]:
+    """TokenLink nodes -> how much padding is left after their site: their kernel says it along,
+    where TensorRT would launch a kernel for the difference and another for the maximum."""
+    place = {node: i for i, node in enumerate(graph)}
+    left = {}
+    for node in graph:
+        first, taken = _difference(node.outputs[0])
+        if taken:
+            left[first, taken] = node.outputs[0]
+    found = {}
+    for link in graph:
+        if link.domain == DOMAIN and link.op_type == "TokenLink":
+            first, taken = _difference(link.inputs[4])
+            value = left.get((first, taken + link.attributes["removed"].value))
+            if value is not None and all(place[u.node] > place[link] for u in value.uses()):
+                found[link] = value
+    return found
+
+
+def _difference(value: ir.Value) -> tuple[ir.Value, int]:
+    """x and n, if the value is max(x - n, 0); else itself and 0."""
+    whole = value.producer()
+    part = whole.inputs[0].producer() if whole is not None and whole.op_type == "Max" else None
+    if part is None or part.op_type != "Sub" or len(whole.inputs) != 2:
+        return value, 0
+    floor, taken = (node.inputs[1].const_value for node in (whole, part))
+    if any(c is None or c.size != 1 or c.numpy().dtype != np.int32 for c in (floor, taken)):
+        return value, 0
+    return (part.inputs[0], taken.numpy().item()) if not floor.numpy().any() else (value, 0)
+
+
 def _only_reader(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
     """The one node that reads a value, if nothing else does."""
     uses = [use.node for use in value.uses()]
@@ -315,7 +350,7 @@ def _require_triton() -> None:
 
 def _replace(
     graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, gpu: Mapping[str, int],
-    scores: ir.Node | None = None, norm: ir.Node | None = None,
+    scores: ir.Node | None = None, norm: ir.Node | None = None, left: ir.Value | None = None,
 ) -> tuple[tuple[Call, ...], dict[str, ir.Value]]:
     """Put the launches of one custom-op node in its place.
 
@@ -329,6 +364,7 @@ def _replace(
             can prepare if it does the gate.
         norm: the norm after it: its kernel does the gate of a GatedRmsNorm if it can, or all of an
             AddRmsNorm.
+        left: what a TokenLink's kernel says along of the padding.
 
     Returns:
         The launches, and every tensor of them by name.
@@ -378,6 +414,10 @@ def _replace(
         results.append(values["scores"])
         old.append(scores)
         outputs += scores.outputs
+    if left is not None:
+        results.append(values["left"])
+        old.append(left.producer())
+        outputs.append(left)
     ir.convenience.replace_nodes_and_values(graph, node, old, made, outputs, results)
     return calls, values
 

@@ -54,7 +54,7 @@ def token_link_rank_kernel(
 
 @triton.jit(do_not_specialize=["n_lower", "n_upper", "removed"])
 def token_link_kernel(
-    rank, target, lower, upper, pads, n_lower, n_upper, removed, src, dst, merge, keep,
+    rank, target, lower, upper, pads, n_lower, n_upper, removed, src, dst, merge, keep, left,
     PRUNE_PERMILLE: tl.constexpr, TOKENS: tl.constexpr, OTHERS: tl.constexpr,
 ):
     batch = tl.program_id(2).to(tl.int64)
@@ -102,6 +102,8 @@ def token_link_kernel(
     tl.store(dst + slot, tl.where(mine < n_pad, -1, partner), mask=gone)
     tl.store(merge + slot, mine >= n_pad + n_prune, mask=gone)
     tl.store(keep + position - place, position, mask=inside & (gone == 0))
+    # Every program says the same of what padding the next layers see.
+    tl.store(left + batch, tl.maximum(pad - removed, 0))
 
 
 TOKEN_LINK_RANK = Kernel(
@@ -111,7 +113,7 @@ TOKEN_LINK_RANK = Kernel(
 TOKEN_LINK = Kernel(
     "token_link", token_link_kernel,
     ("rank", "target", "lower", "upper", "pads"), ("n_lower", "n_upper", "removed"),
-    ("src", "dst", "merge", "keep"),
+    ("src", "dst", "merge", "keep", "left"),
     tuple(
         Tactic({"TOKENS": tokens, "OTHERS": others}, warps)
         for tokens, others, warps in (
@@ -126,6 +128,8 @@ def calls(
     removed: int, prune_permille: int, tactics: Mapping[str, Tactic] | None = None,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.token_link.op.token_link`.
+
+    They also leave ``left`` int32 [B]: how much of the padding stays, max(pads - removed, 0).
 
     Raises:
         ValueError: more tokens than a reduction site takes.
@@ -155,6 +159,7 @@ def calls(
             "src": Spec((batch, removed), "i32"), "dst": Spec((batch, removed), "i32"),
             "merge": Spec((batch, removed), "i1"),
             "keep": Spec((batch, n_lower + n_upper - removed), "i32"),
+            "left": Spec((batch,), "i32"),
         },
         constants={"PRUNE_PERMILLE": prune_permille},
         tactic=placing,
