@@ -14,9 +14,9 @@ from tokred_plugins.kernels import Tactic, cdiv
 
 
 @triton.jit
-def rows_of(length, ROWS: tl.constexpr):
-    """This program's rows, counted over the batch, and whether each exists: [ROWS, 1]."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def rows_of(program, length, ROWS: tl.constexpr):
+    """A program's rows, counted over the batch, and whether each exists: [ROWS, 1]."""
+    row = program * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(2).to(tl.int64) * length
     return (first + row)[:, None], (row < length)[:, None]
 
@@ -49,6 +49,20 @@ def load_vector(x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
         cols = (i * BLOCK + tl.arange(0, BLOCK))[None, :]
         pieces = pieces + (tl.load(x + cols, mask=cols < WIDTH, other=0).to(tl.float32),)
     return pieces
+
+
+@triton.jit
+def store_inverse_norms(
+    x, program, length, inverse, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One over the norm of each of a program's rows, float32; never infinite."""
+    row, there = rows_of(program, length, ROWS)
+    pieces = load_pieces(x + row * WIDTH, there, WIDTH, BLOCK)
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.static_range(len(pieces)):
+        squares += pieces[i] * pieces[i]
+    norm = tl.sqrt(tl.sum(squares, axis=1))[:, None]
+    tl.store(inverse + row, 1 / tl.maximum(norm, 1e-12), mask=there)
 
 
 # Eight elements a thread and piece: one 16-byte access of a 16-bit tensor. A warp has a row or

@@ -117,6 +117,7 @@ def expected_launches(graph, batch, form):
     merged = {n.input[0]: n for n in graph.node if n.op_type == "AddRmsNorm"}
     sites = {n.output[0] for n in graph.node if n.op_type == "TokenReduce"}
     paddings = iter([n.input[3] for n in graph.node if n.op_type == "CausalConv1dSilu"][1:])
+    split = {n.input[2]: n for n in graph.node if n.op_type == "TokenMatch"}
     taken = set()
     for node in graph.node:
         given_attributes, results = attributes(node) | {"target": SM}, node.output
@@ -129,6 +130,13 @@ def expected_launches(graph, batch, form):
         else:
             face, edges = FACES[ONNX_NAMES[node.op_type]], node.input
         names, extra = face.results, ()
+        if node.op_type == "TokenSplit" and node.output[1] in split:  # leaves norms along
+            edges, extra = [*edges, split[node.output[1]].input[0]], ("hidden",)
+        if node.op_type == "TokenMatch":
+            splitting = makers[edges[1]]
+            inverse = f"{splitting.name}/1/inverse"
+            specs[inverse] = Spec(specs[edges[0]].shape[:2], "fp32")
+            edges, extra = [*edges, inverse], ("inverse",)
         if node.op_type == "GatedRmsNorm" and edges[0] in scores:
             if given_attributes["group_size"] == given_attributes["inner"]:
                 given_attributes["scores"] = True
@@ -494,6 +502,18 @@ def test_padding_that_stays_with_the_graph(tmp_path, change):
         lower(source, tmp_path / "kernels.onnx", "quick", SM)
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "kernels.onnx").graph.node)
     assert (kinds["Sub"], kinds["Max"]) == (3, 2)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_norms_that_stay_with_the_match(tmp_path, index):
+    """Where tokens come after the split, or it is not both of its halves that are matched."""
+    source = export(tmp_path, Case())
+    model = onnx.load(source)
+    through(model.graph, find(model.graph, "TokenMatch"), index)
+    onnx.save(model, source)
+    with compiling_once():
+        counts = lower(source, tmp_path / "kernels.onnx", "quick", SM)
+    assert (counts["token_norm"], counts["token_split"], counts["token_split_norm"]) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("index", [0, 1])

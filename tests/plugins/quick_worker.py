@@ -76,17 +76,18 @@ def nodes_of(path: Path) -> Iterator[Node]:
 
 def nodes_beside() -> Iterator[Node]:
     """What the files have no node of: the scan that continues from a state, in both ways that a
-    scan is launched, the walk from zero, importance where the gated norm does not give it, and
-    the split of many tokens."""
+    scan is launched, the walk from zero, importance where the gated norm does not give it, the
+    split of many tokens, and one without the norms of what is matched."""
     small = Model("small", width=32, heads=4, head_dim=16, states=12)
-    ops = {"ssd_scan", "token_importance", "token_split"}
-    scan, importance, split = cases(small, 1, 300, "fp16", ops)
+    ops = {"ssd_scan", "token_importance", "token_split", "token_split_norm", "token_match"}
+    scan, importance, split, normed, match = cases(small, 1, 300, "fp16", ops)
     state = Spec((1, small.heads, small.head_dim, small.states), "fp32")
     from_state = replace(scan, inputs={**scan.inputs, "initial_state": state})
-    launches = [importance.launches(), split.launches(search=True), scan.launches(segments=1)]
+    launches = [importance.launches(), match.launches(), scan.launches(segments=1)]
+    launches += [split.launches(), *(x.launches(search=True) for x in (split, normed))]
     launches += [from_state.launches(segments=n) for n in (1, 2)]
     for calls in launches:
-        known = {**from_state.inputs, **importance.inputs, **split.inputs}
+        known = {**from_state.inputs, **importance.inputs, **normed.inputs, **match.inputs}
         known |= {name: spec for call in calls for name, spec in call.outputs.items()}
         for call in calls:
             # The batch is open; so is, for simplicity, the first dimension of d, which has none.

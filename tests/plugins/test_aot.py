@@ -25,6 +25,7 @@ KERNELS = {
     "causal_conv1d", "linear", "linear_few",
     "ssd_steps", "ssd_scan", "ssd_chunk_state", "ssd_pass", "ssd_chunk_scan",
     "token_importance", "token_split_rank", "token_split", "token_split_search",
+    "token_split_norm", "token_split_search_norm",
     "token_norm", "token_match", "token_match_best", "token_link_rank", "token_link",
     "token_reduce", "token_reduce_norm",
 }

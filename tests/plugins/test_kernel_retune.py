@@ -67,6 +67,7 @@ def site_tensors() -> dict[str, dict[str, torch.Tensor]]:
     return {
         "token_importance": {"y": y},
         "token_split": {"scores": scores, "pads": pads},
+        "token_split with norms": {"scores": scores, "pads": pads, "hidden": hidden},
         "token_match": {"hidden": hidden, "lower": lower, "upper": upper},
         "token_link": {
             "similarity": similarity, "target": target, "lower": lower, "upper": upper,
@@ -90,12 +91,13 @@ ATTRIBUTES = {
 }
 
 
-@pytest.mark.parametrize("op", FACES)
+@pytest.mark.parametrize("op", [*FACES, "token_split with norms"])
 def test_every_candidate_gives_the_same(op):
     """Every output of every kernel of the op, on the same inputs."""
     tensors = (layer_tensors() | site_tensors())[op]
     specs = {name: spec_of(x) for name, x in tensors.items()}
-    calls = FACES[op].calls(specs, ATTRIBUTES.get(op, {}))
+    name = op.removesuffix(" with norms")
+    calls = FACES[name].calls(specs, ATTRIBUTES.get(name, {}))
     values = tensors | run(calls, tensors)
     tried = 0
     for call in calls:

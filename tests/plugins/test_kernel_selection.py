@@ -50,6 +50,31 @@ def split_by(scores, pads, count, protect, by=None):
         assert torch.equal(made["upper"].cpu(), upper)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 1100, 1600])
+@pytest.mark.parametrize("search", [False, True])
+def test_norms_beside_a_split(search, width, dtype):
+    """Of every token, none infinite; the split is as without. Rows of one piece and of several."""
+    scores, hidden = make(5, 2, 150), make(6, 2, 150, width, dtype=dtype)
+    hidden[1, 3] = 0
+    given = {"scores": scores, "pads": ints(0, 70), "hidden": hidden}
+    specs = [spec_of(x) for x in given.values()]
+    calls = split.calls(*specs[:2], 75, 1, search=search, hidden=specs[2])
+    assert [c.kernel.name for c in calls] == (
+        ["token_split_search_norm"] if search else ["token_split_rank", "token_split_norm"]
+    )
+    made = run(calls, given)
+    for name, want in zip(
+        ("lower", "upper"), token_split_reference(scores.cpu(), given["pads"].cpu(), 75, 1),
+        strict=True,
+    ):
+        assert torch.equal(made[name].cpu(), want), name
+    assert made["inverse"][1, 3].item() == pytest.approx(1e12)
+    hidden[1, 3] = 1
+    made["inverse"][1, 3] = width**-0.5
+    close(made["inverse"], 1 / hidden.cpu().double().norm(dim=2), 2e-6, "inverse")
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("protect", [0, 1, 2] if ON_GPU else [0, 2])
 def test_split_is_the_reference(length, protect):

@@ -73,6 +73,23 @@ def test_the_first_of_equal_partners_wins(parts, dtype):
     assert target[0].tolist() == [first[int(p) % 5] for p in best[0]]
 
 
+def test_norms_that_are_there_already():
+    """Are used, and computed by nobody: tokens whose norm is said to be less match less."""
+    hidden = make(7, 1, 40, 24)
+    lower, upper = a_split(40, 16)
+    given = {"hidden": hidden, "lower": lower, "upper": upper,
+             "inverse": 1 / hidden.norm(dim=2)}
+    given["inverse"][:, upper[0, ::2].long()] *= 1e-3
+    specs = [spec_of(x) for x in given.values()]
+    calls = match.calls(*specs[:3], {"token_match": SMALL}, inverse=specs[3])
+    assert [c.kernel.name for c in calls] == ["token_match", "token_match_best"]
+    unit = hidden[0].cpu().double() * given["inverse"][0].cpu().double()[:, None]
+    cosine = unit[lower[0].cpu().long()] @ unit[upper[0].cpu().long()].T
+    made = run(calls, given)
+    assert torch.equal(made["target"][0].cpu(), upper[0].cpu()[cosine.argmax(1)])
+    close(made["similarity"][0], cosine.max(1).values, 2e-6, "similarity")
+
+
 def test_zero_vectors_match_the_first():
     """A zero vector is equally unlike everything."""
     hidden = make(3, 1, 20, 16)

@@ -12,8 +12,9 @@ Two forms of the same graph come out:
                has gated, and its constant holds the norm's weight. Importance that is asked for
                of the scan's y is then that of its heads' means
 
-In both the norm after a reduction site is part of the kernel that merges, and the padding that is
-left after it is said by the kernel that links.
+In both the norm after a reduction site is part of the kernel that merges, the padding that is left
+after it is said by the kernel that links, and norms of tokens are computed beside the split of a
+sequence, which leaves most of the GPU idle.
 
 No function bodies are left: a TensorRT that lacks the plugin refuses the file instead of
 quietly running something slower.
@@ -91,7 +92,8 @@ def lower(
     # Elsewhere products are TensorRT's.
     joins = _joins(model.graph, scored) if form == "launcher" else {}
     after_sites = _norms_after_sites(model.graph)
-    left = _pads_after_sites(model.graph)
+    left, matches = _pads_after_sites(model.graph), _matches(model.graph)
+    more = {split: {"hidden": match.inputs[0]} for split, match in matches.items()}
     norms = after_sites | {scan: join.norm for scan, join in joins.items()}
     done, scales = {*scored.values(), *after_sites.values()}, {}
     for node in list(model.graph):
@@ -99,12 +101,16 @@ def lower(
             continue
         join, norm = joins.get(node), norms.get(node)
         scores = scored.get(node if join is None else norm)
-        calls, values = _replace(model.graph, node, write, batch, gpu, scores, norm, left.get(node))
+        calls, values = _replace(
+            model.graph, node, write, batch, gpu, scores, norm, left.get(node), more.get(node, {})
+        )
         counts.update(call.kernel.name for call in calls)
         if "gated" in values:
             done.add(norm)
             done.discard(scores)
             scales[join.product] = values["squares"], join
+        if node in matches:
+            more[matches[node]] = {"inverse": values["inverse"]}
     model.functions.clear()
     if form == "launcher":
         for node in list(model.graph):
@@ -246,6 +252,23 @@ def _pads_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Value]:
     return found
 
 
+def _matches(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
+    """TokenSplit nodes -> the TokenMatch of both halves, where its tokens are there before."""
+    place = {node: i for i, node in enumerate(graph)}
+    found = {}
+    for match in graph:
+        if match.domain != DOMAIN or match.op_type != "TokenMatch":
+            continue
+        split, made = match.inputs[1].producer(), match.inputs[0].producer()
+        if (
+            split is not None and split.op_type == "TokenSplit"
+            and list(match.inputs[1:3]) == list(split.outputs)
+            and (made is None or place[made] < place[split])
+        ):
+            found[split] = match
+    return found
+
+
 def _difference(value: ir.Value) -> tuple[ir.Value, int]:
     """x and n, if the value is max(x - n, 0); else itself and 0."""
     whole = value.producer()
@@ -350,7 +373,8 @@ def _require_triton() -> None:
 
 def _replace(
     graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, gpu: Mapping[str, int],
-    scores: ir.Node | None = None, norm: ir.Node | None = None, left: ir.Value | None = None,
+    scores: ir.Node | None, norm: ir.Node | None, left: ir.Value | None,
+    more: Mapping[str, ir.Value],
 ) -> tuple[tuple[Call, ...], dict[str, ir.Value]]:
     """Put the launches of one custom-op node in its place.
 
@@ -365,6 +389,7 @@ def _replace(
         norm: the norm after it: its kernel does the gate of a GatedRmsNorm if it can, or all of an
             AddRmsNorm.
         left: what a TokenLink's kernel says along of the padding.
+        more: tensors that the launches take besides the node's own.
 
     Returns:
         The launches, and every tensor of them by name.
@@ -377,6 +402,7 @@ def _replace(
         )
     face = FACES[name]
     tensors = {n: v for n, v in zip(face.inputs, node.inputs, strict=False) if v is not None}
+    tensors |= more
     specs = {n: _spec(node, v, batch) for n, v in tensors.items()}
     attributes = {n: a.value for n, a in node.attributes.items()} | gpu
     gates = norm is not None and norm.op_type == "GatedRmsNorm"

@@ -267,9 +267,14 @@ def site_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
         "token_importance", {"y": Spec((batch, length, m.inner), dtype)}, (),
         importance.calls, ("scores",),
     )
-    yield Case(
+    splitting = Case(
         "token_split", {"scores": Spec((batch, length), "fp32"), "pads": pads}, (half, 1),
         split.calls, ("lower", "upper"),
+    )
+    yield splitting
+    yield replace(
+        splitting, op="token_split_norm", inputs={**splitting.inputs, "hidden": hidden},
+        calls=split_norm_calls, outputs=("lower", "upper", "inverse"), plain=split_norm,
     )
     yield Case(
         "token_match", {"hidden": hidden, "lower": ints(half), "upper": ints(other)}, (),
@@ -295,6 +300,23 @@ def site_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
         attributes=(1e-5,), calls=reduce_norm_calls, outputs=("normed", "residual_out"),
         plain=reduce_norm,
     )
+
+
+def split_norm_calls(
+    scores: Spec, pads: Spec, hidden: Spec, count: int, protect: int,
+    tactics: dict[str, Tactic] | None = None, search: bool | None = None,
+) -> tuple[Call, ...]:
+    """The launches of a site's split with the norms that matching needs."""
+    from tokred_plugins.token_split import kernel as split
+
+    return split.calls(scores, pads, count, protect, tactics, search, hidden)
+
+
+def split_norm(
+    scores: torch.Tensor, pads: torch.Tensor, hidden: torch.Tensor, count: int, protect: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both halves, and one over each token's norm."""
+    return *opset.PLAIN.token_split(scores, pads, count, protect), 1 / hidden.norm(dim=2)
 
 
 def reduce_norm_calls(

@@ -24,7 +24,7 @@ def add_rms_norm_kernel(
     hidden, residual, weight, length, normed, residual_out,
     D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, there = rows_of(length, ROWS)
+    row, there = rows_of(tl.program_id(0), length, ROWS)
     h = load_pieces(hidden + row * D, there, D, BLOCK)
     r = load_pieces(residual + row * D, there, D, BLOCK)
     w = load_vector(weight, D, BLOCK)  # before the sum: it would come late after it

@@ -23,7 +23,7 @@ def embed_rms_norm_kernel(
     input_ids, table, weight, length, normed, residual,
     D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, there = rows_of(length, ROWS)
+    row, there = rows_of(tl.program_id(0), length, ROWS)
     source = tl.load(input_ids + row, mask=there, other=0).to(tl.int64) * D
     x = load_pieces(table + source, there, D, BLOCK)
     w = load_vector(weight, D, BLOCK)

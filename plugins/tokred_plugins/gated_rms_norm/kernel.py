@@ -51,7 +51,7 @@ def gated_rms_norm_kernel(
     E: tl.constexpr, Z: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr,
     NORM_BEFORE_GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, there = rows_of(length, ROWS)
+    row, there = rows_of(tl.program_id(0), length, ROWS)
     gated_rows(
         y, zxbcdt, weight, out, row, there, tl.program_id(1) * GROUP,
         E, Z, GROUP, EPS, NORM_BEFORE_GATE, ROWS, BLOCK,
@@ -64,7 +64,7 @@ def gated_rms_norm_scores_kernel(
     E: tl.constexpr, Z: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr,
     NORM_BEFORE_GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, there = rows_of(length, ROWS)
+    row, there = rows_of(tl.program_id(0), length, ROWS)
     x = gated_rows(
         y, zxbcdt, weight, out, row, there, 0,
         E, Z, GROUP, EPS, NORM_BEFORE_GATE, ROWS, BLOCK,

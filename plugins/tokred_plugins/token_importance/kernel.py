@@ -15,7 +15,7 @@ from tokred_plugins.row_tiles import TACTICS, load_pieces, reading_tactic, rows_
 def token_importance_kernel(
     y, length, scores, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row, there = rows_of(length, ROWS)
+    row, there = rows_of(tl.program_id(0), length, ROWS)
     x = load_pieces(y + row * E, there, E, BLOCK)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in tl.static_range(len(x)):

@@ -16,7 +16,7 @@ import triton.language as tl
 from tokred_plugins.faces import MULTIPROCESSORS
 from tokred_plugins.kernels import PRECISION, Call, Kernel, Spec, Tactic, cdiv, choose
 from tokred_plugins.row_tiles import TACTICS as ROW_TACTICS
-from tokred_plugins.row_tiles import load_pieces, reading_tactic, rows_of
+from tokred_plugins.row_tiles import reading_tactic, store_inverse_norms
 
 # Programs that fill the GPU, a multiprocessor.
 EACH = 2
@@ -26,13 +26,7 @@ EACH = 2
 def token_norm_kernel(
     hidden, length, inverse, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row, there = rows_of(length, ROWS)
-    x = load_pieces(hidden + row * D, there, D, BLOCK)
-    squares = tl.zeros((ROWS, BLOCK), tl.float32)
-    for i in tl.static_range(len(x)):
-        squares += x[i] * x[i]
-    norm = tl.sqrt(tl.sum(squares, axis=1))[:, None]
-    tl.store(inverse + row, 1 / tl.maximum(norm, 1e-12), mask=there)
+    store_inverse_norms(hidden, tl.program_id(0), length, inverse, D, ROWS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["length", "n_lower", "n_upper", "share"])
@@ -132,7 +126,7 @@ def tile_tactic(dtype: str, batch: int, n_lower: int, n_upper: int, programs: in
 
 def calls(
     hidden: Spec, lower: Spec, upper: Spec, tactics: Mapping[str, Tactic] | None = None,
-    programs: int = EACH * MULTIPROCESSORS,
+    programs: int = EACH * MULTIPROCESSORS, inverse: Spec | None = None,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.token_match.op.token_match`.
 
@@ -140,6 +134,8 @@ def calls(
         hidden, lower, upper: the op's inputs.
         tactics: kernel name -> tactic, where not the default.
         programs: as many as fill the GPU; the upper tokens are shared out among so many.
+        inverse: of one over the norm of each token, float32 [B, L], where another kernel has left
+            it: then none is launched for it.
     """
     batch, length, width = hidden.shape
     n_lower, n_upper = lower.shape[1], upper.shape[1]
@@ -185,4 +181,4 @@ def calls(
         tactic=pick,
         grid=(cdiv(n_lower, pick.blocks["BLOCK"]), 1),
     )
-    return norm, search, best
+    return (norm, search, best) if inverse is None else (search, best)

@@ -9,12 +9,13 @@ from tokred_plugins.kernels import Call, Spec, cdiv
 
 
 def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
-    """The launches for tensors of these shapes."""
+    """The launches for tensors of these shapes; none for norms where ``inverse`` is among them."""
     from tokred_plugins.token_match import kernel
 
     processors = int(attributes.get("multiprocessors", MULTIPROCESSORS))
     return kernel.calls(
-        specs["hidden"], specs["lower"], specs["upper"], programs=kernel.EACH * processors
+        specs["hidden"], specs["lower"], specs["upper"], programs=kernel.EACH * processors,
+        inverse=specs.get("inverse"),
     )
 
 
