@@ -35,7 +35,11 @@ def test_hash_tree(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "c").write_bytes(b"1")
     (tmp_path / ".hidden").write_bytes(b"2")
-    assert set(hash_tree(tmp_path)) == {"a/b/c", ".hidden"}
+    paths = {"a/b/c": tmp_path / "a" / "b" / "c", ".hidden": tmp_path / ".hidden"}
+    for i in range(20):
+        paths[f"n{i}"] = tmp_path / f"n{i}"
+        paths[f"n{i}"].write_bytes(b"x" * i)
+    assert hash_tree(tmp_path) == {name: hash_file(path) for name, path in paths.items()}
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="loop is a link"):
         hash_tree(tmp_path)

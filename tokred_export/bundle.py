@@ -101,7 +101,7 @@ def update_files(path: Path, under: Literal["reports", "engines"] = "reports") -
     prefix = f"{under}/"
     files = {n: r for n, r in bundle.manifest.files.items() if not n.startswith(prefix)}
     try:
-        fresh = hash_tree(path / under)
+        fresh = hash_tree(path / under, sync=True)
     except ValueError as error:
         raise BundleError(f"{error}; a bundle is copied around: write the file itself") from error
     files |= {prefix + name: record for name, record in fresh.items()}

@@ -13,13 +13,16 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tokred_export.errors import EnvironmentUnable
 from tokred_export.specs import Spec
 
 _BLOCK = 1 << 20
+_AT_ONCE = 4  # files; the few large ones of a bundle are what takes time
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY, errno.ELOOP,
@@ -53,15 +56,17 @@ def hash_tree(folder: Path, sync: bool = False) -> dict[str, FileRecord]:
         ValueError: something that is neither a file nor a folder; a link would say one thing
             here and another on the machine the folder is copied to.
     """
-    records = {}
+    files = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a link or a special file, expected a plain file")
         if path.is_file():
-            records[path.relative_to(folder).as_posix()] = hash_file(path, sync)
+            files.append(path)
         elif sync:
             sync_folder(path)
-    return records
+    names = (path.relative_to(folder).as_posix() for path in files)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # reading and hashing let other threads run
+        return dict(zip(names, pool.map(partial(hash_file, sync=sync), files), strict=True))
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

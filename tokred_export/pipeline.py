@@ -19,7 +19,13 @@ import msgspec
 from tokred_plugins.opset import OpSet
 
 from tokred_export.backends.common import driver_version, read_engines, write_engine
-from tokred_export.bundle import Bundle, read_bundle, write_manifest, writing_bundle
+from tokred_export.bundle import (
+    Bundle,
+    read_bundle,
+    update_files,
+    write_manifest,
+    writing_bundle,
+)
 from tokred_export.cache import Cache, stage_key
 from tokred_export.checkpoint import DEMO_SOURCE, Checkpoint, build_model, load_checkpoint
 from tokred_export.errors import EnvironmentUnable, InvalidRequest
@@ -222,18 +228,19 @@ def assembling(line: Line, out: Path, command: str, force: bool = False) -> Iter
     """
     spec, plan = line.spec, schedules(line)
     with writing_bundle(out, force) as folder:
-        for name, source in line.checkpoint.files.items():
-            shutil.copyfile(source, folder / name)
-        for schedule in plan.values():
-            onnx_path = export(line, schedule)
-            for file in sorted(onnx_path.parent.iterdir()):
+        exported = [export(line, schedule) for schedule in plan.values()]
+        engines = [engine(line, b, path) for path in exported for b in spec.backends]
+        with line.stage("copy and hash files"):
+            for name, source in line.checkpoint.files.items():
+                shutil.copyfile(source, folder / name)
+            for file in (f for path in exported for f in sorted(path.parent.iterdir())):
                 shutil.copyfile(file, folder / file.name)
-            for backend in spec.backends:
-                _add_engine(engine(line, backend, onnx_path), folder / "engines")
-        manifest = write_manifest(folder, _manifest(line, plan, command))
+            for source in engines:
+                _add_engine(source, folder / "engines")
+            write_manifest(folder, _manifest(line, plan, command))
         yield read_bundle(folder)
         with line.stage("write bundle"):
-            write_manifest(folder, manifest)
+            update_files(folder)
 
 
 def line_of_bundle(

@@ -14,8 +14,9 @@ from checkpoints import write_transformers
 
 # What `build` reports on stderr when a stage is done, in order.
 STAGES = [
-    "load checkpoint", "export prefill-64", "build onnxruntime prefill-64", "parity prefill-64",
-    "export prefill-64 dense", "build onnxruntime prefill-64", "speed prefill-64", "write bundle",
+    "load checkpoint", "export prefill-64", "build onnxruntime prefill-64", "copy and hash files",
+    "parity prefill-64", "export prefill-64 dense", "build onnxruntime prefill-64",
+    "speed prefill-64", "write bundle",
 ]  # fmt: skip
 
 
