@@ -418,6 +418,26 @@ def test_importance_that_stays_with_the_norm(tmp_path, change):
     assert (before["gated_rms_norm_scores"], after["gated_rms_norm_scores"]) == (0, 1)
 
 
+def test_importance_beside_two_norms(tmp_path):
+    """One of them leaves it."""
+    source = export(tmp_path, Case())
+    model = onnx.load(source)
+    norm = find(model.graph, "GatedRmsNorm")
+    twin = onnx.NodeProto()
+    twin.CopyFrom(norm)
+    twin.name, twin.output[0] = "twin", "twin"
+    model.graph.node.insert(list(model.graph.node).index(norm) + 1, twin)
+    value = onnx.ValueInfoProto()
+    value.CopyFrom(next(v for v in model.graph.value_info if v.name == norm.output[0]))
+    value.name = "twin"
+    model.graph.output.append(value)
+    onnx.save(model, source)
+    with compiling_once():
+        counts = lower(source, tmp_path / "kernels.onnx", "quick", SM)
+    assert (counts["gated_rms_norm_scores"], counts["gated_rms_norm"]) == (1, 2)
+    assert counts["token_importance"] == 0
+
+
 def test_gates_of_few_tokens(tmp_path):
     """Another kernel multiplies them, which divides nothing."""
     counts = {}

@@ -25,10 +25,10 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from tokred_plugins.kernel_faces import FACES, LINEAR, ONNX_NAMES
@@ -36,7 +36,9 @@ from tokred_plugins.kernels import Call, Spec
 from tokred_plugins.names import DOMAIN, PLUGIN_ATTRIBUTES, VERSION
 
 from tokred_export.errors import BuildFailed, EnvironmentUnable
+from tokred_export.export.neighbours import Join, Neighbours, find_neighbours
 from tokred_export.export.opset17 import to_opset_17
+from tokred_export.export.products import find_product, turned
 
 if TYPE_CHECKING:
     from tokred_plugins.aot import Compiled
@@ -86,31 +88,25 @@ def lower(
     model = ir.load(source)
     counts: Counter[str] = Counter()
     write = _quick_node if form == "quick" else _Launcher(sm, tune)
-    scored = _scored_norms(model.graph)
     gpu = {"target": sm, "scratch": descriptors and form == "launcher"}
     gpu |= {"multiprocessors": multiprocessors} if multiprocessors else {}
-    # Elsewhere products are TensorRT's.
-    joins = _joins(model.graph, scored) if form == "launcher" else {}
-    after_sites = _norms_after_sites(model.graph)
-    left, matches = _pads_after_sites(model.graph), _matches(model.graph)
-    more = {split: {"hidden": match.inputs[0]} for split, match in matches.items()}
-    norms = after_sites | {scan: join.norm for scan, join in joins.items()}
-    done, scales = {*scored.values(), *after_sites.values()}, {}
+    # In the quick form products are TensorRT's.
+    beside = find_neighbours(model.graph, products=form == "launcher")
+    done = {*beside.scored.values(), *beside.norms.values()}
+    scales, inverse = {}, {}
     for node in list(model.graph):
         if node.domain != DOMAIN or node in done:
             continue
-        join, norm = joins.get(node), norms.get(node)
-        scores = scored.get(node if join is None else norm)
-        calls, values = _replace(
-            model.graph, node, write, batch, gpu, scores, norm, left.get(node), more.get(node, {})
-        )
+        along = _along(node, beside, inverse.get(node))
+        calls, values = _replace(model.graph, node, write, batch, gpu, along)
         counts.update(call.kernel.name for call in calls)
         if "gated" in values:
-            done.add(norm)
-            done.discard(scores)
+            done.add(along.norm)
+            done.discard(along.scores)
+            join = beside.joins[node]
             scales[join.product] = values["squares"], join
-        if node in matches:
-            more[matches[node]] = {"inverse": values["inverse"]}
+        if node in beside.matches:
+            inverse[beside.matches[node]] = values["inverse"]
     model.functions.clear()
     if form == "launcher":
         for node in list(model.graph):
@@ -143,166 +139,22 @@ def _link(data: Path, beside: Path) -> None:
             shutil.copyfile(data, beside)
 
 
-def _scored_norms(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
-    """Gated norms whose kernel can leave the importance of its ``y`` too -> that other node.
-
-    The norm has every row of ``y`` at hand, so that no kernel need read it again.
-    """
-    found = {}
-    for node in graph:
-        if node.domain != DOMAIN or node.op_type != "TokenImportance":
-            continue
-        for use in node.inputs[0].uses():
-            norm = use.node
-            if norm.domain != DOMAIN or norm.op_type != "GatedRmsNorm" or use.idx != 0:
-                continue
-            if norm.attributes["group_size"].value == norm.attributes["inner"].value:
-                found[norm] = node
-    return found
-
-
-class _Join(NamedTuple):
-    """A gated norm between a scan and a product.
-
-    Attributes:
-        norm: its node.
-        product: the node of the product.
-        weight: of the norm.
-        eps: of the norm.
-    """
-
-    norm: ir.Node
-    product: ir.Node
-    weight: ir.Value
-    eps: float
-
-
-def _joins(graph: ir.Graph, scored: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _Join]:
-    """Scans that may gate what they write -> the gated norm of which that is the first half.
-
-    Where nothing but importance reads y too, nothing else what the norm gives, and the norm is one
-    over the whole row, of what is gated already: then it is a number a row, which the product can
-    apply to its sums, if its constant can take the norm's weight in.
-    """
-    from tokred_plugins.linear.kernel import FEW
-
-    found = {}
-    for norm in graph:
-        if norm.domain != DOMAIN or norm.op_type != "GatedRmsNorm":
-            continue
-        said = {name: attribute.value for name, attribute in norm.attributes.items()}
-        scan, product = norm.inputs[0].producer(), _only_reader(graph, norm.outputs[0])
-        if (
-            said["group_size"] == said["inner"] and not said["norm_before_gate"]
-            and scan is not None and ONNX_NAMES.get(scan.op_type) == "ssd_scan"
-            and scan.inputs[1] is norm.inputs[1] and norm.inputs[0] not in graph.outputs
-            and {u.node for u in norm.inputs[0].uses()} <= {norm, scored.get(norm)}
-            and product is not None and product.op_type == "MatMul" and _product(product)
-            and norm.inputs[2].const_value is not None
-            and _in_range(product.inputs[1], norm.inputs[2])
-            and _tokens(norm.outputs[0]) > FEW  # for a few tokens there is another kernel
-        ):
-            found[scan] = _Join(norm, product, norm.inputs[2], said["eps"])
-    return found
-
-
-def _in_range(weight: ir.Value, by: ir.Value) -> bool:
-    """Whether a constant times another is sure to stay in the range of its type."""
-    if weight.dtype != ir.DataType.FLOAT16:
-        return True
-    largest = [float(np.abs(v.const_value.numpy().astype(np.float32)).max()) for v in (weight, by)]
-    return largest[0] * largest[1] <= float(np.finfo(np.float16).max)
-
-
-def _tokens(value: ir.Value) -> int:
-    """Of each sequence; 0 where that is open, which :func:`_spec` refuses."""
-    tokens = 0 if value.shape is None else value.shape[1]
-    return tokens if isinstance(tokens, int) else 0
-
-
-def _norms_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
-    """TokenReduce nodes -> the norm that alone reads what they give: their kernel does it along."""
-    found = {}
-    for norm in graph:
-        site = norm.inputs[0].producer() if norm.op_type == "AddRmsNorm" else None
-        if site is not None and site.op_type == "TokenReduce" and all(
-            value is out and _only_reader(graph, out) is norm
-            for value, out in zip(norm.inputs[:2], site.outputs, strict=True)
-        ):
-            found[site] = norm
-    return found
-
-
-def _pads_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Value]:
-    """TokenLink nodes -> how much padding is left after their site: their kernel says it along,
-    where TensorRT would launch a kernel for the difference and another for the maximum."""
-    place = {node: i for i, node in enumerate(graph)}
-    left = {}
-    for node in graph:
-        first, taken = _difference(node.outputs[0])
-        if taken:
-            left[first, taken] = node.outputs[0]
-    found = {}
-    for link in graph:
-        if link.domain == DOMAIN and link.op_type == "TokenLink":
-            first, taken = _difference(link.inputs[4])
-            value = left.get((first, taken + link.attributes["removed"].value))
-            if value is not None and all(place[u.node] > place[link] for u in value.uses()):
-                found[link] = value
-    return found
-
-
-def _matches(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
-    """TokenSplit nodes -> the TokenMatch of both halves, where its tokens are there before."""
-    place = {node: i for i, node in enumerate(graph)}
-    found = {}
-    for match in graph:
-        if match.domain != DOMAIN or match.op_type != "TokenMatch":
-            continue
-        split, made = match.inputs[1].producer(), match.inputs[0].producer()
-        if (
-            split is not None and split.op_type == "TokenSplit"
-            and list(match.inputs[1:3]) == list(split.outputs)
-            and (made is None or place[made] < place[split])
-        ):
-            found[split] = match
-    return found
-
-
-def _difference(value: ir.Value) -> tuple[ir.Value, int]:
-    """x and n, if the value is max(x - n, 0); else itself and 0."""
-    whole = value.producer()
-    part = whole.inputs[0].producer() if whole is not None and whole.op_type == "Max" else None
-    if part is None or part.op_type != "Sub" or len(whole.inputs) != 2:
-        return value, 0
-    floor, taken = (node.inputs[1].const_value for node in (whole, part))
-    if any(c is None or c.size != 1 or c.numpy().dtype != np.int32 for c in (floor, taken)):
-        return value, 0
-    return (part.inputs[0], taken.numpy().item()) if not floor.numpy().any() else (value, 0)
-
-
-def _only_reader(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
-    """The one node that reads a value, if nothing else does."""
-    uses = [use.node for use in value.uses()]
-    return uses[0] if len(uses) == 1 and value not in graph.outputs else None
-
-
 def _replace_product(
     graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int,
-    squares: ir.Value | None = None, join: _Join | None = None,
+    squares: ir.Value | None = None, join: Join | None = None,
 ) -> tuple[Call, ...]:
     """Put a kernel in the place of a product with a constant; other nodes stay as they are.
 
     TensorRT 8's own 16-bit products sum in float16 (see the op's README.md). With ``squares``, sums
     of squares of the rows of x, it also does what is left of the norm of ``join``.
     """
-    found = _product(node)
+    found = find_product(node)
     if found is None:
         return ()
     x, weight, attributes = found
     if not attributes["turned"]:
         by = None if join is None else join.weight
-        weight, attributes = _turned(graph, weight, by), {**attributes, "turned": True}
+        weight, attributes = turned(graph, weight, by), {**attributes, "turned": True}
     inputs = {"x": x, "weight": weight}
     if join is not None:
         inputs["squares"], attributes = squares, {**attributes, "eps": join.eps}
@@ -316,51 +168,6 @@ def _replace_product(
     return (call,)
 
 
-def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, dict[str, bool]] | None:
-    """x [B, L, K], the constant, and how it is stored, if the node is such a product."""
-    if node.domain or len(node.inputs) != 2 or node.inputs[1].const_value is None:
-        return None
-    x, weight = node.inputs
-    if node.op_type == "MatMul" and len(x.shape) == 3 and len(weight.shape) == 2:
-        return x, weight, {"turned": False, "flat": False}
-    taken = x.producer()
-    if node.op_type != "Gemm" or taken is None or taken.op_type != "Gather":
-        return None
-    values = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-    values |= {name: attribute.value for name, attribute in node.attributes.items()}
-    tokens = taken.inputs[0]  # the last token of each row, alone
-    axis = taken.attributes["axis"].value if "axis" in taken.attributes else 0
-    plain = (values["alpha"], values["beta"], values["transA"]) == (1.0, 1.0, 0)
-    if not plain or axis != 1 or len(tokens.shape) != 3 or tokens.shape[1] != 1:
-        return None
-    return tokens, weight, {"turned": bool(values["transB"]), "flat": True}
-
-
-def _turned(graph: ir.Graph, weight: ir.Value, by: ir.Value | None = None) -> ir.Value:
-    """The constant [K, N] as [N, K], made when it is written; columns times the numbers of ``by``.
-
-    The kernel reads both operands along K then: see the op's README.md.
-    """
-    name, constant = f"{weight.name}.turned", weight.const_value
-    if by is not None:
-        name = f"{name}.{by.name}"
-    if name not in graph.initializers:
-        shape = ir.Shape(reversed(weight.shape))
-
-        def turn() -> ir.Tensor:
-            turned = np.ascontiguousarray(constant.numpy().T)
-            if by is not None:
-                wide = turned.astype(np.float32) * by.const_value.numpy().astype(np.float32)
-                turned = wide.astype(turned.dtype)
-            return ir.Tensor(turned, dtype=weight.dtype, shape=shape)
-
-        graph.register_initializer(ir.Value(
-            name=name, shape=shape, type=ir.TensorType(weight.dtype),
-            const_value=ir.LazyTensor(turn, weight.dtype, shape, name=name),
-        ))
-    return graph.initializers[name]
-
-
 def _require_triton() -> None:
     try:
         import triton  # noqa: F401
@@ -371,10 +178,42 @@ def _require_triton() -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Along:
+    """What the launches of one node have to do with others.
+
+    Attributes:
+        scores: the TokenImportance node that a GatedRmsNorm's kernel does along, or that a scan's
+            can prepare if it does the gate.
+        norm: the norm after it: its kernel does the gate of a GatedRmsNorm if it can, or all of an
+            AddRmsNorm.
+        left: what a TokenLink's kernel says along of the padding.
+        tensors: that the launches take besides the node's own, by name.
+    """
+
+    scores: ir.Node | None
+    norm: ir.Node | None
+    left: ir.Value | None
+    tensors: Mapping[str, ir.Value]
+
+
+def _along(node: ir.Node, beside: Neighbours, inverse: ir.Value | None) -> _Along:
+    """Of one node; ``inverse`` are norms that another node's launches have left for it."""
+    join, match = beside.joins.get(node), beside.matches.get(node)
+    tensors = {} if match is None else {"hidden": match.inputs[0]}
+    if inverse is not None:
+        tensors["inverse"] = inverse
+    return _Along(
+        scores=beside.scored.get(node if join is None else join.norm),
+        norm=beside.norms.get(node) if join is None else join.norm,
+        left=beside.left.get(node),
+        tensors=tensors,
+    )
+
+
 def _replace(
     graph: ir.Graph, node: ir.Node, write: WriteNode, batch: int, gpu: Mapping[str, int],
-    scores: ir.Node | None, norm: ir.Node | None, left: ir.Value | None,
-    more: Mapping[str, ir.Value],
+    along: _Along,
 ) -> tuple[tuple[Call, ...], dict[str, ir.Value]]:
     """Put the launches of one custom-op node in its place.
 
@@ -384,12 +223,7 @@ def _replace(
         write: makes the node of one launch.
         batch: where the graph's is open.
         gpu: what faces know of it.
-        scores: the TokenImportance node that a GatedRmsNorm's kernel does along, or that a scan's
-            can prepare if it does the gate.
-        norm: the norm after it: its kernel does the gate of a GatedRmsNorm if it can, or all of an
-            AddRmsNorm.
-        left: what a TokenLink's kernel says along of the padding.
-        more: tensors that the launches take besides the node's own.
+        along: what its launches do besides.
 
     Returns:
         The launches, and every tensor of them by name.
@@ -402,7 +236,8 @@ def _replace(
         )
     face = FACES[name]
     tensors = {n: v for n, v in zip(face.inputs, node.inputs, strict=False) if v is not None}
-    tensors |= more
+    tensors |= along.tensors
+    scores, norm = along.scores, along.norm
     specs = {n: _spec(node, v, batch) for n, v in tensors.items()}
     attributes = {n: a.value for n, a in node.attributes.items()} | gpu
     gates = norm is not None and norm.op_type == "GatedRmsNorm"
@@ -440,10 +275,10 @@ def _replace(
         results.append(values["scores"])
         old.append(scores)
         outputs += scores.outputs
-    if left is not None:
+    if along.left is not None:
         results.append(values["left"])
-        old.append(left.producer())
-        outputs.append(left)
+        old.append(along.left.producer())
+        outputs.append(along.left)
     ir.convenience.replace_nodes_and_values(graph, node, old, made, outputs, results)
     return calls, values
 
