@@ -24,7 +24,8 @@ STATE, HEAD, CONV, VOCABULARY = 128, 64, 4, 50288
 
 
 def write_random(
-    folder: Path, size: str, seed: int = 0, dtype: str = "float32", device: str = "cpu"
+    folder: Path, size: str, seed: int = 0, dtype: str = "float32", device: str = "cpu",
+    layers: int | None = None,
 ) -> None:
     """Write ``folder`` with config.json and model.safetensors.
 
@@ -34,8 +35,9 @@ def write_random(
         seed: the same gives the same weights on one kind of device.
         dtype: of all weights but dt_bias, A_log and D, which are float32 as mamba_ssm keeps them.
         device: where the numbers are drawn; a GPU takes seconds where a CPU takes a minute.
+        layers: in place of the published number.
     """
-    width, layers = SIZES[size]
+    width, layers = SIZES[size][0], layers or SIZES[size][1]
     inner, random = 2 * width, torch.Generator(device).manual_seed(seed)
     heads, channels = inner // HEAD, inner + 2 * STATE
 
