@@ -434,6 +434,22 @@ def test_update_files(tmp_path):
         verify_files(read_bundle(target))
 
 
+def test_update_files_waits_for_the_disk(tmp_path, monkeypatch):
+    """Before the manifest that names them is there: new reports, and the folder's entries."""
+    build(tmp_path / "out")
+    (tmp_path / "out" / "reports").mkdir()
+    (tmp_path / "out" / "reports" / "report.html").write_text("")
+    synced, replaced = [], []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: (replaced.append(list(synced)), replace(*paths))
+    )
+    update_files(tmp_path / "out")
+    new = [tmp_path / "out" / "reports", tmp_path / "out" / "reports" / "report.html"]
+    assert {path.stat().st_ino for path in new} <= set(replaced[0])
+
+
 def test_update_files_is_atomic(tmp_path, monkeypatch):
     """A failure before the rename leaves the old manifest readable and no temporary file."""
     build(tmp_path / "out")

@@ -5,9 +5,12 @@ import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import CancelledError
+from threading import Event
 
 import pytest
 
+from tokred_export import disk
 from tokred_export.disk import (
     FileRecord,
     clear_disk_errors,
@@ -43,6 +46,43 @@ def test_hash_tree(tmp_path):
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="loop is a link"):
         hash_tree(tmp_path)
+
+
+def test_hash_tree_waits_for_the_disk(tmp_path, monkeypatch):
+    """For every file and for the entries of every folder, its own first; only where asked to."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_bytes(b"1")
+    (tmp_path / "d").write_bytes(b"2")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    hash_tree(tmp_path)
+    assert synced == []
+    hash_tree(tmp_path, sync=True)
+    everything = [tmp_path, *tmp_path.rglob("*")]
+    assert sorted(synced) == sorted(path.stat().st_ino for path in everything)
+
+
+def test_hashing_stops_at_a_failure(tmp_path, monkeypatch):
+    """As at an interrupt: files that other threads are at are not read to their end."""
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"1")
+    begun, stopped = Event(), []
+
+    def hash_one(path, sync, stop):
+        if path.name == "a":
+            begun.wait(30)
+            raise OSError("a")
+        begun.set()
+        stopped.append(stop.wait(30))
+
+    monkeypatch.setattr(disk, "hash_file", hash_one)
+    with pytest.raises(OSError, match="a"):
+        hash_tree(tmp_path)
+    assert stopped == [True]
+    stop = Event()
+    stop.set()
+    with pytest.raises(CancelledError):
+        hash_file(tmp_path / "a", stop=stop)
 
 
 @pytest.mark.parametrize("name", ["a", "a/b", "a/./b", ".hidden", "..."])

@@ -13,10 +13,11 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
+from threading import Event
 
 from tokred_export.errors import EnvironmentUnable
 from tokred_export.specs import Spec
@@ -37,11 +38,17 @@ class FileRecord(Spec, kw_only=True):
     sha256: str
 
 
-def hash_file(path: Path, sync: bool = False) -> FileRecord:
-    """Read ``path`` once and describe it; ``sync`` also waits until its data is on the disk."""
+def hash_file(path: Path, sync: bool = False, stop: Event | None = None) -> FileRecord:
+    """Read ``path`` once and describe it; ``sync`` also waits until its data is on the disk.
+
+    Raises:
+        CancelledError: ``stop`` was set before the end.
+    """
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
+            if stop is not None and stop.is_set():
+                raise CancelledError
             digest.update(block)
             size += len(block)
         if sync:
@@ -52,11 +59,16 @@ def hash_file(path: Path, sync: bool = False) -> FileRecord:
 def hash_tree(folder: Path, sync: bool = False) -> dict[str, FileRecord]:
     """Describe every file below ``folder``, keyed by its path relative to it with "/" between.
 
+    ``sync`` also waits until the data of all and the entries of ``folder`` and of those below are
+    on the disk.
+
     Raises:
         ValueError: something that is neither a file nor a folder; a link would say one thing
             here and another on the machine the folder is copied to.
     """
     files = []
+    if sync and folder.is_dir():
+        sync_folder(folder)
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a link or a special file, expected a plain file")
@@ -65,8 +77,14 @@ def hash_tree(folder: Path, sync: bool = False) -> dict[str, FileRecord]:
         elif sync:
             sync_folder(path)
     names = (path.relative_to(folder).as_posix() for path in files)
+    stop = Event()
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # reading and hashing let other threads run
-        return dict(zip(names, pool.map(partial(hash_file, sync=sync), files), strict=True))
+        records = pool.map(partial(hash_file, sync=sync, stop=stop), files)
+        try:
+            return dict(zip(names, records, strict=True))
+        except BaseException:  # the pool waits for its threads, which may be at a large file
+            stop.set()
+            raise
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

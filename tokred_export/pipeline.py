@@ -220,8 +220,8 @@ def _builder(line: Line, backend: Backend) -> tuple[Callable[[Path, Path], objec
 def assembling(line: Line, out: Path, command: str, force: bool = False) -> Iterator[Bundle]:
     """Export and build everything, and give the bundle while it still has a temporary name.
 
-    What the block adds below ``reports/`` becomes part of it; it appears at ``out`` when the
-    block ends without an error.
+    What the block adds below ``reports/`` becomes part of it; all else must stay as it is, and
+    keeps its hash. It appears at ``out`` when the block ends without an error.
 
     Raises:
         TokredError: of every kind; ``out`` then stays as it was.

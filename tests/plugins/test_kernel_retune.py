@@ -12,6 +12,7 @@ from tokred_plugins import opset  # noqa: E402
 from tokred_plugins.kernel_faces import FACES  # noqa: E402
 from tokred_plugins.kernels import launch, run, spec_of  # noqa: E402
 from tokred_plugins.retune import candidates  # noqa: E402
+from tokred_plugins.token_split import kernel as split  # noqa: E402
 
 # Long enough for two segments of the scan, and for several blocks of each size that is tried.
 LENGTH, SHORT, ROWS, HEADS, HEAD_DIM, STATES, WIDTH = 260, 150, 20, 4, 16, 12, 40
@@ -98,6 +99,11 @@ def test_every_candidate_gives_the_same(op):
     specs = {name: spec_of(x) for name, x in tensors.items()}
     name = op.removesuffix(" with norms")
     calls = FACES[name].calls(specs, ATTRIBUTES.get(name, {}))
+    if "hidden" in tensors and name == "token_split":  # both ways
+        count, protect = ATTRIBUTES[name].values()
+        calls += split.calls(
+            specs["scores"], specs["pads"], count, protect, search=True, hidden=specs["hidden"]
+        )
     values = tensors | run(calls, tensors)
     tried = 0
     for call in calls:
