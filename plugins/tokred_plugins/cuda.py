@@ -34,6 +34,15 @@ def register() -> None:
         getattr(opset.CUSTOM, name).register_kernel("cuda", _launcher(face, names))
 
 
+def known_of(device: torch.device) -> dict[str, int]:
+    """What launches are chosen for: a GPU's compute capability times ten, and how many
+    multiprocessors it has, by the names that faces know."""
+    gpu = torch.cuda.get_device_properties(device)
+    return {
+        "target": 10 * gpu.major + gpu.minor, "multiprocessors": gpu.multi_processor_count
+    }
+
+
 def _launcher(face: KernelFace, names: tuple[str, ...]) -> Callable:
     """The op over its kernels: takes what the op takes, by position, and returns what it returns.
 
@@ -46,11 +55,7 @@ def _launcher(face: KernelFace, names: tuple[str, ...]) -> Callable:
         given = dict(zip(names, values, strict=True))
         tensors = {name: given.pop(name) for name in face.inputs}
         specs = {name: spec_of(x) for name, x in tensors.items() if x is not None}
-        gpu = torch.cuda.get_device_properties(tensors[face.inputs[0]].device)
-        given |= {
-            "target": 10 * gpu.major + gpu.minor, "multiprocessors": gpu.multi_processor_count,
-            "scratch": reads_descriptors(),
-        }
+        given |= known_of(tensors[face.inputs[0]].device) | {"scratch": reads_descriptors()}
         made = run(face.calls(specs, given), tensors)
         results = tuple(made[name] for name in face.results)
         return results if len(results) > 1 else results[0]

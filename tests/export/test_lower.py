@@ -49,7 +49,7 @@ CASES = {
     "evit-all-open": Case("evit", logits="all", max_batch=2),
     "pumer-half-open": Case("pumer", dtype="float16", max_batch=4),
     "pumer": Case("pumer", groups=2),
-    "utrc-long": Case(length=300),  # more than one program finds places
+    "utrc-long": Case(length=161),  # more than one program finds places
 }
 
 
@@ -638,7 +638,7 @@ RUNS = [
     ("pumer", "launcher", (40,)),
     ("utrc-sites-open", "launcher", (41, 30, 3)),
     ("utrc-sites-open", "quick", (36, 41)),
-    ("utrc-long", "quick", (270,)),
+    ("utrc-long", "quick", (140,)),
 ]
 
 
@@ -687,7 +687,7 @@ def test_lowered_graph_computes_the_same(computed, run):
     found, expected = computed[run]
     assert list(found) == list(expected)
     sizes = {name: np.linalg.norm(value.astype(np.float64)) for name, value in expected.items()}
-    assert sizes["logits"] > 1 and sizes["present.ssm_state.1"] > 0.5
+    assert sizes["logits"] > 1 and sizes["present.ssm_state.1"] > 1
     for name, value in expected.items():
         assert_same(name, found[name], value)
 

@@ -54,11 +54,17 @@ class Neighbours:
 
 
 def find_neighbours(graph: ir.Graph, products: bool) -> Neighbours:
-    """All of a graph; none that need kernels for products, if there are no such."""
+    """All of a graph.
+
+    Args:
+        graph: as exported.
+        products: products become kernels too; without, nothing joins a scan.
+    """
     scored = _scored_norms(graph)
+    place = {node: i for i, node in enumerate(graph)}
     return Neighbours(
         scored, _joins(graph, scored) if products else {}, _norms_after_sites(graph),
-        _pads_after_sites(graph), _matches(graph),
+        _pads_after_sites(graph, place), _matches(graph, place),
     )
 
 
@@ -119,7 +125,7 @@ def _in_range(weight: ir.Value, by: ir.Value) -> bool:
 
 
 def _tokens(value: ir.Value) -> int:
-    """Of each sequence; 0 where that is open, which :func:`_spec` refuses."""
+    """Of each sequence; 0 where that is open, which lowering refuses."""
     tokens = 0 if value.shape is None else value.shape[1]
     return tokens if isinstance(tokens, int) else 0
 
@@ -137,10 +143,11 @@ def _norms_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
     return found
 
 
-def _pads_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Value]:
+def _pads_after_sites(
+    graph: ir.Graph, place: Mapping[ir.Node, int]
+) -> dict[ir.Node, ir.Value]:
     """TokenLink nodes -> how much padding is left after their site: their kernel says it along,
     where TensorRT would launch a kernel for the difference and another for the maximum."""
-    place = {node: i for i, node in enumerate(graph)}
     left = {}
     for node in graph:
         first, taken = _difference(node.outputs[0])
@@ -156,9 +163,8 @@ def _pads_after_sites(graph: ir.Graph) -> dict[ir.Node, ir.Value]:
     return found
 
 
-def _matches(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
+def _matches(graph: ir.Graph, place: Mapping[ir.Node, int]) -> dict[ir.Node, ir.Node]:
     """TokenSplit nodes -> the TokenMatch of both halves, where its tokens are there before."""
-    place = {node: i for i, node in enumerate(graph)}
     found = {}
     for match in graph:
         if match.domain != DOMAIN or match.op_type != "TokenMatch":

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "plugins"), str(ROOT)]
 
-from kernel_shapes import MODELS, PRODUCTS, SCANS, Case, cases, tensors  # noqa: E402
+from kernel_shapes import MODELS, PRODUCTS, SCANS, Case, cases, tensors, this_gpu  # noqa: E402
 from tokred_plugins.kernels import Tactic, launch_into, torch_dtypes  # noqa: E402
 
 from tokred_export.backends.tune import Tuner  # noqa: E402
@@ -213,8 +213,8 @@ def launches(case: Case, tactics: dict | None = None, **options: int) -> tuple:
 @cache
 def tuner() -> Tuner:
     """Of this GPU; nothing is kept for another run."""
-    gpu = torch.cuda.get_device_properties(0)
-    return Tuner(10 * gpu.major + gpu.minor, None, gpu.multi_processor_count)
+    gpu = this_gpu()
+    return Tuner(gpu["target"], None, gpu["multiprocessors"])
 
 
 def variants(case: Case) -> list[tuple[str, Tactic, dict[str, int]]]:

@@ -1,8 +1,8 @@
 """Compile mamba-ssm's kernels ahead of time: python tools/gpu/compile_baseline.py 130m:1 2.7b:8
 
-Its kernels are tuned at their first call, which compiles a hundred variants one after another: a
-minute or more for each model and batch on a machine with slow cores. Here all are compiled side by
-side, by one layer of each model, into Triton's cache on disk, which bench_engines.py then finds.
+Its kernels are tuned at their first call, which compiles their variants one after another. Here
+those of all cases are compiled side by side, by one layer of each model, into Triton's cache on
+disk, which bench_engines.py then finds.
 Nothing else should be timed at the same time.
 """
 

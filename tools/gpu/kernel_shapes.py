@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from tokred_plugins import opset
+from tokred_plugins.cuda import known_of
 from tokred_plugins.kernels import Call, Spec, Tactic, torch_dtypes
 
 NO_LIMIT = 3.4e38
@@ -100,14 +101,8 @@ class Case:
 
 
 def this_gpu() -> dict[str, int]:
-    """What launches are chosen for, where there is a GPU: compute capability times ten, and
-    multiprocessors."""
-    if not torch.cuda.is_available():
-        return {}
-    gpu = torch.cuda.get_device_properties(0)
-    return {
-        "target": 10 * gpu.major + gpu.minor, "multiprocessors": gpu.multi_processor_count
-    }
+    """What launches are chosen for, where there is a GPU."""
+    return known_of(torch.device("cuda", 0)) if torch.cuda.is_available() else {}
 
 
 def size(spec: Spec) -> int:

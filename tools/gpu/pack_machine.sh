@@ -5,7 +5,8 @@
 #   PYTHON310   prefix of a CPython 3.10 with pip, such as pyenv's
 #   HEADERS     folder of the NvInfer*.h of TensorRT 8.6.0
 #   EXTENSION   causal_conv1d_cuda*.so, compiled for the GPU machine's own Python and torch
-# OTHER_PYTHON (3.12 if not set) is the version of that other Python.
+# OTHER_PYTHON (3.12 if not set) is the version of that other Python. PYTHON (python3 if not set) is
+# one with pip, torch, setuptools and packaging, which mamba-ssm's set-up imports.
 set -euo pipefail
 out=$1 python310=$(realpath "$2") headers=$(realpath "$3") extension=$(realpath "$4")
 other=${OTHER_PYTHON:-3.12}
@@ -24,7 +25,7 @@ rm -rf "$library/site-packages"
 "$python310/bin/python3.10" -m pip install --disable-pip-version-check -q \
     --target "$library/site-packages" numpy==1.26.4 msgspec "cuda-bindings==13.0.*"
 find "$work/python" \( -name '*.a' -o -name '*.pyc' \) -delete
-find "$work/python" -type f -name '*.so*' -exec strip --strip-unneeded {} + || true
+find "$work/python" -type f -name '*.so*' -exec strip --strip-unneeded {} +
 XZ_OPT=-T0 tar cJf "$carried/py310.tar.xz" -C "$work" python
 
 # mamba-ssm's and causal-conv1d's Python files; Mamba-2 needs none of mamba-ssm's own extension.
