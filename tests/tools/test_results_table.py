@@ -55,6 +55,14 @@ def test_the_latest_record_of_a_case_counts(tmp_path):
     assert [(r["model"], r["median_ms"]) for r in found] == [("130m", 1.0), ("2.7b", 2.0)]
 
 
+def test_sites_asked_for_are_a_case_of_their_own(tmp_path):
+    """The row names them; the default ones have a row without."""
+    found = write(tmp_path / "r", [record(sites=[5, 11], median_ms=1.9), record()])
+    assert [r["median_ms"] for r in found] == [2.0, 1.9]
+    plain, asked = results_table.table(found)[-3:-1]
+    assert "| 30 % |" in plain and "| 30 % at 5,11 |" in asked
+
+
 def test_rounded_counts_are_a_case_of_their_own(tmp_path):
     """Fewer FLOPs may be left than without, and the row says why."""
     found = write(tmp_path / "r", [record(), record(round_to=64, median_ms=1.9)])

@@ -53,7 +53,12 @@ def say(what: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {what}", flush=True)
 
 
-def line_of(options: argparse.Namespace, model: str, batch: int, share: float) -> Line:
+Sites = tuple[int, ...] | None
+
+
+def line_of(
+    options: argparse.Namespace, model: str, batch: int, share: float, sites: Sites = None
+) -> Line:
     """The line of one case, its checkpoint loaded."""
     folder = None if model == "demo" else options.work / model
     if folder is not None and not (folder / "config.json").is_file():
@@ -61,7 +66,8 @@ def line_of(options: argparse.Namespace, model: str, batch: int, share: float) -
     spec = BuildSpec(
         model=None if folder is None else str(folder), seq_lens=(options.length,),
         reduction=ReductionSpec(
-            target=share, method=options.method if share else "none", round_to=options.round_to
+            target=share, method=options.method if share else "none", round_to=options.round_to,
+            sites=sites if share else None,
         ),
         max_batch=batch, dtype="float16", backends=(),
     )
@@ -69,14 +75,19 @@ def line_of(options: argparse.Namespace, model: str, batch: int, share: float) -
 
 
 class Engine:
-    """One engine of a case, open and verified."""
+    """One engine of a case, open and verified; ``sites`` are the default ones if not named."""
 
-    def __init__(self, options: argparse.Namespace, model: str, batch: int, share: float) -> None:
-        self.share, self.batch = share, batch
+    def __init__(
+        self, options: argparse.Namespace, model: str, batch: int, share: float,
+        sites: Sites = None,
+    ) -> None:
+        self.share, self.batch, self.sites = share, batch, sites
+        at = f" at {','.join(map(str, sites))}" if sites else ""
+        self.name = f"engine {share:g}{at}"
         begun = time.perf_counter()
-        self.line = line_of(options, model, batch, share)
+        self.line = line_of(options, model, batch, share, sites)
         self.schedule = pipeline.schedules(self.line)[options.length]
-        self.folder = options.work / f"{model}-{batch}-{share:g}"
+        self.folder = options.work / f"{model}-{batch}-{share:g}{at.replace(' ', '-')}"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         onnx = self._export()
@@ -86,7 +97,7 @@ class Engine:
             timing_cache=options.timing_cache,
         )
         self.built_s = self.info.seconds
-        say(f"{model} batch {batch} {share:g}: exported in {exported:.0f} s, built in "
+        say(f"{model} batch {batch} {self.name}: exported in {exported:.0f} s, built in "
             f"{self.built_s:.0f} s (builder {self.info.options['builder_seconds']:.0f}), "
             f"{self.info.options['plugins']} plugins")
         shutil.rmtree(onnx.parent)
@@ -160,27 +171,28 @@ def run_batch(options: argparse.Namespace, model: str, batch: int) -> Iterator[d
     """All cases of one model and batch."""
     engines: list[Engine] = []
     calls, parities = {}, {}
-    for share in options.shares:
-        engine = Engine(options, model, batch, share)
+    cases = [(x, sites) for x in options.shares for sites in (options.sites if x else [None])]
+    for share, sites in cases:
+        engine = Engine(options, model, batch, share, sites)
         engines.append(engine)
         case = engine.parity()
         torch.cuda.empty_cache()
-        parities[share] = parity_summary(case)
-        say(f"parity {share:g}: {parities[share]}")
-        name = f"engine {share:g}"
+        name = engine.name
+        parities[name] = parity_summary(case)
+        say(f"parity {name}: {parities[name]}")
         calls[name] = gpu_call(engine.runner, engine.feeds())
         # No result, but something to know if the machine is taken away before there is one.
         (alone,) = interleave({name: calls[name]}, 3, 3, 1.0)
         say(f"{name} alone: {alone.median_ms:.3f} ms")
     memory, floors = {}, {}
     for engine in engines:
-        floors[engine.share] = floor_of(product_shapes(engine))
+        floors[engine.name] = floor_of(product_shapes(engine))
     if options.baseline and model != "demo":
         memory["mamba_ssm"] = add_baseline(calls, engines[0])
     latencies = {x.name: x for x in interleave(calls, options.samples, 3, options.seconds)}
     for engine in engines:
-        found = record(options, model, engine, latencies, parities[engine.share],
-                       floors[engine.share], memory)
+        found = record(options, model, engine, latencies, parities[engine.name],
+                       floors[engine.name], memory)
         kinds = profile(options, model, engine)
         found["profile_ms"] = sum(kinds.values())
         found["sites_ms"] = sum(ms for kind, ms in kinds.items() if kind.startswith("token_"))
@@ -212,7 +224,7 @@ def record(
     parity: dict, floor: float, memory: dict[str, float],
 ) -> dict:
     """One line of speed.jsonl."""
-    mine = latencies[f"engine {engine.share:g}"]
+    mine = latencies[engine.name]
     eager, graph = latencies.get("eager"), latencies.get("graph")
     info = engine.info
     plugins = {k.removeprefix("plugins."): n for k, n in info.options.items() if "plugins." in k}
@@ -221,6 +233,7 @@ def record(
         "length_out": engine.schedule.length_out, "flops_reduction": engine.share,
         "flops_saved": round(achieved_reduction(engine.line.checkpoint.spec, engine.schedule), 5),
         "round_to": options.round_to if engine.schedule.sites else 1,
+        **({"sites": engine.sites} if engine.sites else {}),
         "method": engine.schedule.method, "runtime": f"TensorRT {info.version}",
         "dtype": "float16", "plugins": {"count": info.options["plugins"], **plugins},
         "median_ms": mine.median_ms, "p95_ms": mine.p95_ms, "drift": mine.drift,
@@ -236,7 +249,7 @@ def record(
         f", {eager.median_ms / mine.median_ms:.2f}x eager, "
         f"{graph.median_ms / mine.median_ms:.2f}x graph ({graph.median_ms:.3f})"
     )
-    say(f"{model} batch {engine.batch} {engine.share:g}: {mine.median_ms:.3f} ms{ratios}, "
+    say(f"{model} batch {engine.batch} {engine.name}: {mine.median_ms:.3f} ms{ratios}, "
         f"products {floor:.3f} ms, {found['peak_gb']:.2f} GB")
     return found
 
@@ -254,7 +267,8 @@ def profile(options: argparse.Namespace, model: str, engine: Engine) -> dict[str
     file = options.out.with_suffix(".profile.json")
     known = json.loads(file.read_text()) if file.is_file() else {}
     by = f" by {options.round_to}" if engine.schedule.sites and options.round_to > 1 else ""
-    known[f"{model} batch {engine.batch} {engine.share:g}{by}"] = dict(kinds)
+    case = engine.name.removeprefix("engine ")
+    known[f"{model} batch {engine.batch} {case}{by}"] = dict(kinds)
     file.write_text(json.dumps(known, indent=1))
     say("  " + ", ".join(f"{name[:40]} {ms:.3f}" for name, ms in kinds[:14]))
     return dict(kinds)
@@ -273,11 +287,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def sites_of(text: str) -> Sites:
+    """Layers after which to reduce, or None for the default ones."""
+    return None if text == "default" else tuple(int(layer) for layer in text.split(","))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["130m"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.0, 0.3])
+    parser.add_argument("--sites", nargs="+", type=sites_of, default=[None],
+                        help="layers such as 5,11,16, or default; one engine for each")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--method", default="utrc")
     parser.add_argument("--round-to", type=int, default=1)

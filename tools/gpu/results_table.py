@@ -29,12 +29,12 @@ def read_results(path: Path) -> list[dict]:
     for line in path.read_text().splitlines():
         record = json.loads(line)
         key = (record["model"], record["batch"], record["length"], record["flops_reduction"],
-               record.get("round_to", 1), record["method"], record["runtime"], record["gpu"],
-               record["graph_ms"] is None)
+               record.get("round_to", 1), tuple(record.get("sites", ())), record["method"],
+               record["runtime"], record["gpu"], record["graph_ms"] is None)
         latest[key] = record
     return sorted(latest.values(), key=lambda r: (r["gpu"], r["runtime"], _size(r["model"]),
                                                   r["batch"], r["flops_reduction"],
-                                                  r.get("round_to", 1)))
+                                                  r.get("round_to", 1), r.get("sites", [])))
 
 
 def _size(model: str) -> float:
@@ -80,9 +80,12 @@ def _row(r: dict) -> str:
 
 
 def _saved(r: dict, apart: str = " ") -> str:
-    """What was asked for, and of what kept counts are multiples, if they need be."""
-    by = r.get("round_to", 1)
-    return f"{100 * r['flops_reduction']:.0f} %" + (f"{apart}by {by}" if by > 1 else "")
+    """What was asked for, of what kept counts are multiples, and where, if that was asked for."""
+    by, sites = r.get("round_to", 1), r.get("sites")
+    return "".join((
+        f"{100 * r['flops_reduction']:.0f} %", f"{apart}by {by}" if by > 1 else "",
+        f"{apart}at {','.join(map(str, sites))}" if sites else "",
+    ))
 
 
 def with_table(readme: str, lines: list[str]) -> str:
