@@ -141,3 +141,20 @@ def test_parts_fill_the_gpu_that_is_there():
     grids = [FACES["token_match"].calls(specs, known)[1].grid
              for known in ({"multiprocessors": 16}, {"multiprocessors": 132}, {})]
     assert grids[0] == (8, 4) and grids[1] == grids[2] == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("target", "batch", "tile"),
+    [(90, 8, (128, 256)), (100, 8, (128, 256)), (90, 5, (128, 128)), (90, 1, (64, 128)),
+     (80, 8, (128, 128)), (86, 8, (128, 128)), (120, 8, (128, 128)), (None, 8, (128, 128))],
+)
+def test_the_widest_tiles_are_for_many_tokens_and_where_they_fit(target, batch, tile):
+    """Their operands are more shared memory than a block has on most targets."""
+    halves = Spec((batch, 1024), "i32")
+    specs = {"hidden": Spec((batch, 2048, 2560), "fp16"), "lower": halves, "upper": halves}
+    known = {"multiprocessors": 132} | ({} if target is None else {"target": target})
+    call = FACES["token_match"].calls(specs, known)[1]
+    blocks = call.tactic.blocks
+    assert (blocks["BLOCK_A"], blocks["BLOCK_B"]) == tile
+    rows, parts = call.grid
+    assert rows * blocks["BLOCK_A"] >= 1024 and parts * call.extras["share"] >= 1024

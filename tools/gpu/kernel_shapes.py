@@ -273,7 +273,8 @@ def site_cases(m: Model, batch: int, length: int, dtype: str) -> Iterator[Case]:
     )
     yield Case(
         "token_match", {"hidden": hidden, "lower": ints(half), "upper": ints(other)}, (),
-        match.calls, ("similarity", "target"), operations=2.0 * batch * half * other * m.width,
+        partial(match.calls, target=this_gpu().get("target")), ("similarity", "target"),
+        operations=2.0 * batch * half * other * m.width,
     )
     yield Case(
         "token_link",

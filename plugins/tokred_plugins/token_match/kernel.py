@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
+from tokred_plugins.aot import SHARED_LIMITS
 from tokred_plugins.faces import MULTIPROCESSORS
 from tokred_plugins.kernels import PRECISION, Call, Kernel, Spec, Tactic, cdiv, choose
 from tokred_plugins.row_tiles import TACTICS as ROW_TACTICS
@@ -20,6 +21,8 @@ from tokred_plugins.row_tiles import reading_tactic, store_inverse_norms
 
 # Programs that fill the GPU, a multiprocessor.
 EACH = 2
+# The tactic with the widest tiles, and bytes of the operands that it has in flight.
+WIDE, WIDE_BYTES = 9, 3 * (128 + 256) * 64 * 2
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -115,18 +118,30 @@ TOKEN_MATCH_BEST = Kernel(
 )
 
 
-def tile_tactic(dtype: str, batch: int, n_lower: int, n_upper: int, programs: int) -> Tactic:
-    """Large tiles where there are enough of them to fill the GPU, and their operands fit."""
-    large = TOKEN_MATCH.tactics[1]
-    tiles = batch * cdiv(n_lower, large.blocks["BLOCK_A"]) * cdiv(n_upper, large.blocks["BLOCK_B"])
+def tile_tactic(
+    dtype: str, batch: int, n_lower: int, n_upper: int, programs: int, target: int | None = None
+) -> Tactic:
+    """The largest tiles of which there are enough to fill the GPU, and whose operands fit."""
     if dtype == "fp32":
         return TOKEN_MATCH.tactics[4]
-    return large if tiles >= programs else TOKEN_MATCH.tactics[0]
+
+    def tiles(tactic: Tactic) -> int:
+        a, b = tactic.blocks["BLOCK_A"], tactic.blocks["BLOCK_B"]
+        return batch * cdiv(n_lower, a) * cdiv(n_upper, b)
+
+    small, large, wide = (TOKEN_MATCH.tactics[i] for i in (0, 1, WIDE))
+    # Before 9.0 operands take registers too, of which sums of the widest leave none. One program
+    # with them fits a multiprocessor: they must be most of two rounds.
+    fits = target is not None and target >= 90 and SHARED_LIMITS.get(target, 0) >= WIDE_BYTES
+    if fits and 2 * EACH * tiles(wide) >= 3 * programs:
+        return wide
+    return large if tiles(large) >= programs else small
 
 
 def calls(
     hidden: Spec, lower: Spec, upper: Spec, tactics: Mapping[str, Tactic] | None = None,
     programs: int = EACH * MULTIPROCESSORS, inverse: Spec | None = None,
+    target: int | None = None,
 ) -> tuple[Call, ...]:
     """The launches of :func:`tokred_plugins.token_match.op.token_match`.
 
@@ -136,10 +151,11 @@ def calls(
         programs: as many as fill the GPU; the upper tokens are shared out among so many.
         inverse: of one over the norm of each token, float32 [B, L], where another kernel has left
             it: then none is launched for it.
+        target: compute capability times ten, where known; without, tiles are taken that fit all.
     """
     batch, length, width = hidden.shape
     n_lower, n_upper = lower.shape[1], upper.shape[1]
-    default = tile_tactic(hidden.dtype, batch, n_lower, n_upper, programs)
+    default = tile_tactic(hidden.dtype, batch, n_lower, n_upper, programs, target)
     tactic = choose(TOKEN_MATCH, tactics, default)
     rows = cdiv(n_lower, tactic.blocks["BLOCK_A"])
     tiles = cdiv(n_upper, tactic.blocks["BLOCK_B"])

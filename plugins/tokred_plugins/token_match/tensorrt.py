@@ -15,7 +15,7 @@ def calls(specs: Mapping[str, Spec], attributes: Mapping[str, Attribute]) -> tup
     processors = int(attributes.get("multiprocessors", MULTIPROCESSORS))
     return kernel.calls(
         specs["hidden"], specs["lower"], specs["upper"], programs=kernel.EACH * processors,
-        inverse=specs.get("inverse"),
+        inverse=specs.get("inverse"), target=attributes.get("target"),
     )
 
 
