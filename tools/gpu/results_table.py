@@ -81,10 +81,10 @@ def _row(r: dict) -> str:
 
 def _saved(r: dict, apart: str = " ") -> str:
     """What was asked for, of what kept counts are multiples, and where, if that was asked for."""
-    by, sites = r.get("round_to", 1), r.get("sites")
-    return "".join((
-        f"{100 * r['flops_reduction']:.0f} %", f"{apart}by {by}" if by > 1 else "",
-        f"{apart}at {','.join(map(str, sites))}" if sites else "",
+    by = r.get("round_to", 1)
+    sites = ",".join(map(str, r.get("sites", ())))
+    return f"{100 * r['flops_reduction']:.0f} %" + "".join((
+        f"{apart}by {by}" if by > 1 else "", f"{apart}at {sites}" if sites else "",
     ))
 
 
@@ -113,7 +113,7 @@ def plot(records: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(cases), figsize=(2.2 * len(cases), 3.2), squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
         group = [r for r in timed if (r["gpu"], r["model"], r["batch"]) == case]
-        names = ["graph", *(_saved(r, "\n") for r in group)]
+        names = ["graph", *(_saved(r, "\n").replace(",", ",\n") for r in group)]
         values = [group[0]["graph_ms"], *(r["median_ms"] for r in group)]
         colours = ["#999999", *["#2b6cb0"] * len(group)]
         bars = axis.bar(names, values, color=colours)
