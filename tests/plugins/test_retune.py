@@ -87,7 +87,7 @@ def test_heads_of_a_program_share_a_group():
     assert {c.tactic.blocks["HEADS"] for c in candidates(groups_of_three)} == {1}
 
 
-@pytest.mark.parametrize(("tiles", "sizes"), [(3, {64}), (4, {64, 128})])
+@pytest.mark.parametrize(("tiles", "sizes"), [(3, {64}), (4, {64, 128, 256}), (6, {64, 128})])
 def test_parts_are_whole_tiles(tiles, sizes):
     """A tile that does not divide a program's share would reach into the next one's."""
     call = CASES["token_match-130m-B1"].launches()[1]
