@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "gpu")]
 
+from bench_engines import sites_of  # noqa: E402
 from demo_agreement import held_out_prompts  # noqa: E402
 from tokred_plugins.opset import PLAIN  # noqa: E402
 
@@ -56,7 +57,8 @@ def mean(values: torch.Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sites", nargs="*", default=["2,5,8"], help="layers such as 2,5,8")
+    parser.add_argument("--sites", nargs="*", type=sites_of, default=[(2, 5, 8)],
+                        help="layers such as 2,5,8, compared with the default ones")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3])
     parser.add_argument("--method", default="utrc")
     parser.add_argument("--length", type=int, default=1024)
@@ -74,8 +76,7 @@ def main() -> None:
     print(f"{len(ids)} prompts; dense: nll {mean(measured(dense)[0])}", flush=True)
     for share in options.shares:
         default = None
-        for text in ("default", *options.sites):
-            sites = None if text == "default" else tuple(map(int, text.split(",")))
+        for sites in (None, *options.sites):
             asked = ReductionSpec(target=share, method=options.method, sites=sites)
             spec = BuildSpec(seq_lens=(options.length,), reduction=asked)
             (schedule,) = pipeline.schedules(line._replace(spec=spec)).values()
